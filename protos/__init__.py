@@ -1,0 +1,1 @@
+"""The contract between teacher server and student trainer: light, and imported by both."""

@@ -1,0 +1,71 @@
+"""The gRPC transport; with _http, the only place that imports a network library."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import grpc
+import grpc.aio
+
+from protos import codec
+from protos.errors import ERRORS, EngineFailed, InvalidRequest, NotReady, TeacherError
+from protos.wire import ERROR_METADATA_KEY, GRPC_LIMITS, GRPC_SERVICE, Operation
+
+_CHANNEL_OPTIONS = (
+    *GRPC_LIMITS,
+    # By default a channel waits up to two minutes before it looks again for a server that restarts.
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+
+_ERROR_OF_CODE: dict[str, type[TeacherError]] = {error.row.grpc_code: error for error in ERRORS.values()}
+
+
+class GrpcTransport:
+    """One channel to `target` ("host:port"), opened by the first call; see protos.wire.Transport."""
+
+    def __init__(self, url: str, target: str, *, secure: bool) -> None:
+        self.url = url
+        self._target = target
+        self._secure = secure
+        self._channel: grpc.aio.Channel | None = None
+
+    async def stream(
+        self, operation: Operation, request: bytes, *, timeout_s: float | None
+    ) -> AsyncGenerator[bytes, None]:
+        """See protos.wire.Transport."""
+        path = f"/{GRPC_SERVICE}/{operation.grpc_method}"
+        call = self._open().unary_stream(path)(request, timeout=timeout_s)
+        try:
+            async for reply in call:
+                yield reply
+        except grpc.aio.AioRpcError as error:
+            raise self._teacher_error(error) from error
+        finally:
+            call.cancel()
+
+    async def aclose(self) -> None:
+        """Closes the channel."""
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    def _open(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            self._channel = (
+                grpc.aio.secure_channel(self._target, grpc.ssl_channel_credentials(), options=_CHANNEL_OPTIONS)
+                if self._secure
+                else grpc.aio.insecure_channel(self._target, options=_CHANNEL_OPTIONS)
+            )
+        return self._channel
+
+    def _teacher_error(self, error: grpc.aio.AioRpcError) -> TeacherError:
+        """The server's own error, or what gRPC's status says where the server had no say."""
+        for key, value in error.trailing_metadata() or ():
+            if key == ERROR_METADATA_KEY and isinstance(value, bytes):
+                return codec.decode_error(value)
+        code, details = error.code().name, error.details() or ""
+        if code == "UNAVAILABLE":
+            return NotReady(f"{self.url} cannot be reached or broke off: {details}")
+        if code == "RESOURCE_EXHAUSTED" and "larger than max" in details:
+            return InvalidRequest(f"{self.url}: {details}")
+        return _ERROR_OF_CODE.get(code, EngineFailed)(f"{self.url} answered {code}: {details}")

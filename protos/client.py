@@ -1,0 +1,187 @@
+"""A teacher by URL: `connect` picks the transport, and every reply is checked before it is handed on.
+
+    async with connect("grpc://localhost:8001") as teacher:
+        info = await teacher.info()
+        results = await teacher.score([ScoreItem(prompt=ids, completion_ids=completion, top_k=20)], timeout_s=60)
+
+A synchronous caller keeps one event loop for the life of its teacher (`asyncio.Runner`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Protocol, Self, TypeVar
+from urllib.parse import urlsplit
+
+from protos import codec, verify
+from protos.errors import DeadlineExceeded, EngineFailed, InvalidRequest
+from protos.records import (
+    GenerateItem,
+    GenerateRequest,
+    GenerateResult,
+    ScoreItem,
+    ScoreRequest,
+    ScoreResult,
+    TeacherInfo,
+)
+from protos.service import GenerateStream, ScoreStream, TeacherService
+from protos.wire import GENERATE, GET_INFO, MAX_MESSAGE_BYTES, SCORE, Operation, Transport
+
+SCHEMES = ("grpc", "grpcs", "http", "https")
+URL_FORMS = "grpc://host:port, grpcs://host:port, http://host:port or https://host:port"
+
+_T = TypeVar("_T")
+
+
+class Teacher(TeacherService, Protocol):
+    """A teacher somewhere else; an async context manager that closes it."""
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        ...
+
+    async def score(
+        self, request: ScoreRequest | Sequence[ScoreItem], *, timeout_s: float | None = None
+    ) -> list[ScoreResult]:
+        """One result for each item, in order; raises the first error of any item."""
+        ...
+
+    async def generate(
+        self, request: GenerateRequest | Sequence[GenerateItem], *, timeout_s: float | None = None
+    ) -> list[GenerateResult]:
+        """One result for each item, in order; raises the first error of any item."""
+        ...
+
+    async def aclose(self) -> None:
+        """Closes the connections."""
+        ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exc_info: object) -> None: ...
+
+
+def connect(url: str) -> Teacher:
+    """The teacher at `url`; nothing is sent before the first call.
+
+    Raises:
+        InvalidRequest: the URL is not one of `URL_FORMS`.
+    """
+    if "," in url or url.startswith("openai+"):
+        raise InvalidRequest(
+            f"{url!r}: pools and OpenAI-compatible servers are not supported yet; give one {URL_FORMS}"
+        )
+    try:
+        parts = urlsplit(url)
+        well_formed = parts.scheme in SCHEMES and parts.hostname and parts.port and "@" not in parts.netloc
+    except ValueError as error:
+        raise InvalidRequest(f"{url!r} is not a teacher's URL ({error}); it must be {URL_FORMS}") from error
+    if not well_formed or parts.path.strip("/") or parts.query or parts.fragment:
+        raise InvalidRequest(f"{url!r} is not a teacher's URL; it must be {URL_FORMS}")
+    return RemoteTeacher(_transport(url, parts.scheme, parts.netloc))
+
+
+def _transport(url: str, scheme: str, target: str) -> Transport:
+    if scheme in ("grpc", "grpcs"):
+        from protos._grpc import GrpcTransport
+
+        return GrpcTransport(url, target, secure=scheme == "grpcs")
+    from protos._http import HttpTransport
+
+    return HttpTransport(url)
+
+
+class RemoteTeacher:
+    """A teacher behind a transport; see `Teacher`."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self._transport.url
+
+    async def info(self) -> TeacherInfo:
+        """See TeacherService."""
+        async with aclosing(self._replies(GET_INFO, b"", codec.decode_info, None)) as replies:
+            async for info in replies:
+                return info
+        raise EngineFailed(f"{self.url} sent no reply to GetInfo")
+
+    async def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
+        """See TeacherService; every result is checked against its item (protos.verify)."""
+        replies = self._replies(SCORE, codec.encode_score_request(request), codec.decode_score_reply, timeout_s)
+        async with aclosing(replies), aclosing(verify.each_once(replies, request.items, verify.check_score)) as checked:
+            async for reply in checked:
+                yield reply
+
+    async def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
+        """See TeacherService; every result is checked against its item (protos.verify)."""
+        body = codec.encode_generate_request(request)
+        replies = self._replies(GENERATE, body, codec.decode_generate_reply, timeout_s)
+        async with (
+            aclosing(replies),
+            aclosing(verify.each_once(replies, request.items, verify.check_generation)) as checked,
+        ):
+            async for reply in checked:
+                yield reply
+
+    async def score(
+        self, request: ScoreRequest | Sequence[ScoreItem], *, timeout_s: float | None = None
+    ) -> list[ScoreResult]:
+        """See Teacher."""
+        request = request if isinstance(request, ScoreRequest) else ScoreRequest(tuple(request))
+        return await verify.in_order(self.score_stream(request, timeout_s=timeout_s), len(request.items))
+
+    async def generate(
+        self, request: GenerateRequest | Sequence[GenerateItem], *, timeout_s: float | None = None
+    ) -> list[GenerateResult]:
+        """See Teacher."""
+        request = request if isinstance(request, GenerateRequest) else GenerateRequest(tuple(request))
+        return await verify.in_order(self.generate_stream(request, timeout_s=timeout_s), len(request.items))
+
+    async def aclose(self) -> None:
+        """Closes the connections."""
+        await self._transport.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    async def _replies(
+        self, operation: Operation, body: bytes, decode: Callable[[bytes], _T], timeout_s: float | None
+    ) -> AsyncGenerator[_T, None]:
+        if len(body) > MAX_MESSAGE_BYTES:
+            raise InvalidRequest(
+                f"the request has {len(body)} bytes; the limit is {MAX_MESSAGE_BYTES}; send fewer items"
+            )
+        stream = self._transport.stream(operation, body, timeout_s=timeout_s)
+        async with aclosing(_until(stream, timeout_s, self.url)) as messages:
+            async for message in messages:
+                try:
+                    reply = decode(message)
+                except InvalidRequest as error:
+                    raise EngineFailed(f"{self.url} sent a reply that cannot be read: {error}") from error
+                yield reply
+
+
+async def _until(stream: AsyncGenerator[bytes, None], timeout_s: float | None, url: str) -> AsyncGenerator[bytes, None]:
+    """The stream's messages; DeadlineExceeded when it has not ended `timeout_s` seconds from now."""
+    loop = asyncio.get_running_loop()
+    deadline = None if timeout_s is None else loop.time() + timeout_s
+    async with aclosing(stream):
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await anext(stream)
+            except TimeoutError:
+                raise DeadlineExceeded(f"{url} did not finish within {timeout_s:g} s") from None
+            except StopAsyncIteration:
+                return
+            yield message

@@ -1,0 +1,84 @@
+"""The tokenizer's fingerprint, taken in the same way by both programs, and the words for a difference."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+from protos.records import TokenizerFingerprint
+
+
+class Vocabulary(Protocol):
+    """The part of a transformers tokenizer that is fingerprinted."""
+
+    @property
+    def all_special_tokens(self) -> list[str]: ...  # noqa: D102
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None: ...  # noqa: D102
+
+    def get_vocab(self) -> dict[str, int]: ...  # noqa: D102
+
+
+def fingerprint(
+    *,
+    vocab: Mapping[str, int],
+    special_tokens: Mapping[str, int],
+    eos_token_ids: Iterable[int],
+    chat_template: str | None,
+    vocab_size: int,
+) -> TokenizerFingerprint:
+    """The fingerprint of plain data; order of the mappings and of the EOS ids does not matter.
+
+    Args:
+        vocab, special_tokens: token to id.
+        eos_token_ids: of the generation config and the tokenizer together.
+        vocab_size: the width of the model's output, padding rows included.
+    """
+    return TokenizerFingerprint(
+        vocab_size=vocab_size,
+        vocab_sha256=_sha256(json.dumps(sorted(vocab.items()))),
+        special_sha256=_sha256(json.dumps(sorted(special_tokens.items()))),
+        eos_token_ids=tuple(sorted(set(eos_token_ids))),
+        chat_template_sha256=_sha256(chat_template) if chat_template else "",
+    )
+
+
+def tokenizer_fingerprint(
+    tokenizer: Vocabulary, *, eos_token_ids: Iterable[int], vocab_size: int
+) -> TokenizerFingerprint:
+    """The fingerprint of a transformers tokenizer beside its model's EOS ids and output width."""
+    vocab = tokenizer.get_vocab()
+    template = tokenizer.chat_template
+    return fingerprint(
+        vocab=vocab,
+        special_tokens={token: vocab[token] for token in tokenizer.all_special_tokens},
+        eos_token_ids=eos_token_ids,
+        chat_template=json.dumps(template, sort_keys=True) if isinstance(template, dict) else template,
+        vocab_size=vocab_size,
+    )
+
+
+def differences(teacher: TokenizerFingerprint, student: TokenizerFingerprint) -> list[str]:
+    """One sentence for each thing the two do not share; empty when an id means the same to both.
+
+    The widths of their outputs may differ: models of one family pad the same vocabulary to different sizes.
+    """
+    sentences = []
+    if teacher.vocab_sha256 != student.vocab_sha256:
+        sentences.append("their vocabularies map tokens to different ids")
+    if teacher.special_sha256 != student.special_sha256:
+        sentences.append("their special tokens differ")
+    if teacher.eos_token_ids != student.eos_token_ids:
+        sentences.append(
+            f"the teacher ends a text at ids {teacher.eos_token_ids}, the student at {student.eos_token_ids}"
+        )
+    if teacher.chat_template_sha256 != student.chat_template_sha256:
+        sentences.append("their chat templates differ")
+    return sentences
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,36 @@
+"""The three operations of a teacher as a protocol: what a server's core offers and what a client reaches."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from protos.errors import TeacherError
+from protos.records import GenerateRequest, GenerateResult, ScoreRequest, ScoreResult, TeacherInfo
+
+ScoreStream = AsyncGenerator[tuple[int, ScoreResult | TeacherError], None]
+GenerateStream = AsyncGenerator[tuple[int, GenerateResult | TeacherError], None]
+"""Each item's index and outcome as it completes, in any order."""
+
+
+class TeacherService(Protocol):
+    """The three operations: what a server's core offers and what a client reaches, with equal meaning."""
+
+    async def info(self) -> TeacherInfo:
+        """What this teacher is."""
+        ...
+
+    def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
+        """Each item's index and outcome as it completes, in any order.
+
+        Args:
+            timeout_s: seconds until the caller no longer wants the answer.
+
+        Raises:
+            TeacherError: the request was refused whole, or nothing of it succeeded.
+        """
+        ...
+
+    def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
+        """As `score_stream`."""
+        ...

@@ -1,0 +1,117 @@
+"""What both ends of a transport agree on besides the messages: paths, limits, headers and framing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Protocol
+
+MAX_MESSAGE_BYTES = 256 * 1024 * 1024
+"""The largest request and the largest single reply, on both sides of both transports. A rollout batch of 1,024 items
+of 32k tokens is 128 MiB of ids, so nothing sensible meets the limit; a runaway body does."""
+
+GRPC_SERVICE = "teacher.v1.TeacherService"
+ERROR_METADATA_KEY = "teacher-error-bin"
+"""The trailing metadata that holds a serialised Error beside gRPC's own status."""
+
+GRPC_LIMITS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 64 * 1024),
+)
+"""Channel and server options; the metadata must hold an Error (see codec.MAX_ERROR_CHARS) beside the status text."""
+
+PROTOBUF_TYPE = "application/x-protobuf"
+JSON_TYPE = "application/json"
+TIMEOUT_HEADER = "x-timeout-s"
+"""The caller's deadline over HTTP, in seconds from now; gRPC has its own."""
+
+_MAX_VARINT_BYTES = 5
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of the service: its gRPC method and its HTTP method and path."""
+
+    grpc_method: str
+    http_method: str
+    http_path: str
+
+
+GET_INFO = Operation("GetInfo", "GET", "/v1/info")
+SCORE = Operation("Score", "POST", "/v1/score")
+GENERATE = Operation("Generate", "POST", "/v1/generate")
+
+
+class Transport(Protocol):
+    """Moves serialised messages: one request out, a stream of replies back. It knows no message type."""
+
+    @property
+    def url(self) -> str:
+        """Where it leads; named in errors."""
+        ...
+
+    def stream(self, operation: Operation, request: bytes, *, timeout_s: float | None) -> AsyncGenerator[bytes, None]:
+        """The serialised replies as they arrive.
+
+        Args:
+            timeout_s: told to the server, which frees the work when it has passed.
+
+        Raises:
+            TeacherError: the server's own error; NotReady when it cannot be reached or the stream broke off.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Closes the connections."""
+        ...
+
+
+def frame(message: bytes) -> bytes:
+    """The message behind its length as a varint: protobuf's delimited form."""
+    length = len(message)
+    prefix = bytearray()
+    while length >= 0x80:
+        prefix.append(length & 0x7F | 0x80)
+        length >>= 7
+    prefix.append(length)
+    return bytes(prefix) + message
+
+
+class FrameReader:
+    """Cuts a byte stream back into the messages that `frame` wrote."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """The messages that `chunk` completes; raises ValueError on a length that cannot be."""
+        self._buffer += chunk
+        messages = []
+        start = 0
+        while (head := self._head(start)) is not None:
+            body, length = head
+            if len(self._buffer) < body + length:
+                break
+            messages.append(bytes(memoryview(self._buffer)[body : body + length]))
+            start = body + length
+        del self._buffer[:start]
+        return messages
+
+    def finish(self) -> None:
+        """Raises ValueError when the stream ended inside a message."""
+        if self._buffer:
+            raise ValueError(f"the stream ended inside a message, after {len(self._buffer)} bytes of it")
+
+    def _head(self, start: int) -> tuple[int, int] | None:
+        """Where the body of the frame at `start` begins and its length; None when more bytes are needed."""
+        length = 0
+        for i, byte in enumerate(self._buffer[start : start + _MAX_VARINT_BYTES]):
+            length |= (byte & 0x7F) << (7 * i)
+            if byte < 0x80:
+                if length > MAX_MESSAGE_BYTES:
+                    raise ValueError(f"a message of {length} bytes; the limit is {MAX_MESSAGE_BYTES}")
+                return start + i + 1, length
+        if len(self._buffer) - start >= _MAX_VARINT_BYTES:
+            raise ValueError("a length prefix of more than 5 bytes")
+        return None

@@ -1,0 +1,1 @@
+"""Trains a student on its own rollouts, scored token by token by a teacher reached by URL."""

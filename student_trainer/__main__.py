@@ -1,0 +1,5 @@
+"""`python -m student_trainer`."""
+
+from student_trainer.cli import main
+
+main()

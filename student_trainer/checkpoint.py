@@ -1,0 +1,88 @@
+"""Checkpoints: written whole or not at all, and read back to the same numbers bit for bit.
+
+A checkpoint `step-00000100` is the state after 100 optimiser steps: a model folder in transformers' format, which any
+engine can serve, and beside it the optimiser's and the schedule's state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OPTIMIZER_FILE = "optimizer.pt"
+TRAINER_FILE = "trainer.json"
+_NAME = re.compile(r"step-(\d{8})")
+
+
+def save(
+    folder: Path,
+    num_steps: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: AdamW,
+    schedule: LambdaLR,
+    *,
+    keep: int,
+) -> Path:
+    """Writes `folder/step-N` atomically (a hidden folder, flushed to disk, then renamed); keeps the `keep` newest.
+
+    Raises:
+        OSError: the disk refused; what was there before is untouched.
+    """
+    final = folder / f"step-{num_steps:08d}"
+    partial = folder / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, partial / OPTIMIZER_FILE)
+    (partial / TRAINER_FILE).write_text(json.dumps({"num_steps": num_steps}))
+    for path in partial.iterdir():
+        _flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _flush(folder)
+    for old in found(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def found(folder: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def restore(path: Path, model: PreTrainedModel, optimizer: AdamW, schedule: LambdaLR) -> int:
+    """Puts a checkpoint's state into the three objects in place; returns the steps it had done.
+
+    Raises:
+        ValueError: the checkpoint does not fit the model.
+    """
+    weights = load_file(path / "model.safetensors")
+    result = model.load_state_dict(weights, strict=False)
+    tied = set(model.all_tied_weights_keys)
+    missing = set(result.missing_keys) - tied
+    if missing or result.unexpected_keys:
+        raise ValueError(f"{path} does not fit the model: missing {sorted(missing)}, extra {result.unexpected_keys}")
+    state = torch.load(path / OPTIMIZER_FILE, weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return int(json.loads((path / TRAINER_FILE).read_text())["num_steps"])
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,49 @@
+"""Divergences over the full vocabulary: both log-prob arrays hold every id, so each row is a whole distribution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from student_trainer.losses.pairing import check_present, check_same_shape
+
+
+def reverse_kl(student_logp_BTV: Tensor, teacher_logp_BTV: Tensor) -> Tensor:
+    """KL(p || q) = sum_V p log(p / q) of each position, [B, T] in nats; never below 0, and exactly 0 where p = q.
+
+    Gradient with respect to the student's logits (at temperature 1): p_j (r_j - KL). The teacher is a constant.
+    Where p = 0 the term and its gradient are 0, whatever q is. Where q = 0 < p the value is inf and so is the
+    divergence: the gradient of that row is not finite, and other rows are untouched.
+
+    Raises:
+        ValueError: the shapes differ, or a teacher log-prob is missing (NaN).
+    """
+    check_same_shape(student_logp_BTV=student_logp_BTV, teacher_logp_BTV=teacher_logp_BTV)
+    check_present(teacher_logp_BTV)
+    return _kl(student_logp_BTV, teacher_logp_BTV.detach())
+
+
+def forward_kl(student_logp_BTV: Tensor, teacher_logp_BTV: Tensor) -> Tensor:
+    """KL(q || p) = sum_V q log(q / p) of each position, [B, T] in nats; never below 0, and exactly 0 where p = q.
+
+    Gradient with respect to the student's logits (at temperature 1): p_j - q_j. The teacher is a constant.
+    Where q = 0 the term is 0, whatever p is. Where p = 0 < q the value is inf; the gradient is still p_j - q_j.
+
+    Raises:
+        ValueError: the shapes differ, or a teacher log-prob is missing (NaN).
+    """
+    check_same_shape(student_logp_BTV=student_logp_BTV, teacher_logp_BTV=teacher_logp_BTV)
+    check_present(teacher_logp_BTV)
+    return _kl(teacher_logp_BTV.detach(), student_logp_BTV)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) as the generalised divergence sum a log(a/b) - a + b, equal because both sum to 1.
+
+    Every term is at least 0 and every term's gradient vanishes at a = b. The textbook sum reaches that zero only by
+    cancellation across the vocabulary, and Adam turns the rounding noise left over into full-sized steps.
+    """
+    a, b = log_a.exp(), log_b.exp()
+    positive = a > 0
+    log_ratio = torch.where(positive, log_a, 0.0) - torch.where(positive, log_b, 0.0)
+    return (a * log_ratio - a + b).sum(-1)

@@ -1,0 +1,33 @@
+"""The optimiser and its schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from student_trainer.config import OptimConfig
+
+
+def build_optimizer(parameters: list[torch.nn.Parameter], config: OptimConfig) -> AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101); weight decay on matrices only."""
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return AdamW([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
+
+
+def build_schedule(optimizer: AdamW, config: OptimConfig, num_steps: int) -> LambdaLR:
+    """The learning rate of step s (from 0): see `lr_share`."""
+    return LambdaLR(optimizer, lambda step: lr_share(step, num_steps, config))
+
+
+def lr_share(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Share of `config.lr` at step s of S, from 0: (s + 1) / W over W warm-up steps, then cosine to the final share."""
+    num_warmup = math.ceil(config.warmup_share * num_steps)
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    progress = (step - num_warmup) / max(1, num_steps - 1 - num_warmup)
+    return config.final_lr_share + (1 - config.final_lr_share) * (1 + math.cos(math.pi * min(1.0, progress))) / 2

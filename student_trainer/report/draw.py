@@ -1,0 +1,111 @@
+"""How a plot is drawn: curves on axes, as PNG. Figures are objects of their own; pyplot's global state is not used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from student_trainer.report.series import Series, running_median, window_of
+
+SIZE_IN = (5.2, 2.9)
+"""Width and height in inches."""
+
+DPI = 180
+"""Sharp on a screen of two device pixels per CSS pixel, where a plot is about 500 CSS pixels wide."""
+
+MARGINS = {"left": 0.15, "right": 0.985, "bottom": 0.16, "top": 0.84}
+"""Of every plot, so that the steps of neighbouring plots line up; the top holds the legend."""
+
+INK, GRID = "#24292f", "#d8dee4"
+
+COLORS = ("#0072b2", "#d55e00", "#009e73")
+"""Told apart in any colour vision: blue, vermilion and green of Okabe and Ito, "Color Universal Design", 2008."""
+
+MAX_MARKED = 40
+"""Values of a curve that are marked one by one; more would run into each other."""
+
+LINE_STYLES = ("-", "--", ":")
+"""So that two curves differ by more than colour."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric with its name; `band` is its interval's lower and upper end, at the same steps."""
+
+    label: str
+    series: Series
+    band: tuple[Series, Series] | None = None
+
+
+Draw = Callable[[Axes, Sequence[Curve]], None]
+
+
+def png(draw: Draw, curves: Sequence[Curve], unit: str) -> bytes:
+    """The PNG file of one plot over steps, dark on white; `unit` names the other axis."""
+    figure = Figure(figsize=SIZE_IN, dpi=DPI, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    figure.subplots_adjust(**MARGINS)
+    axes = figure.add_subplot()
+    draw(axes, curves)
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel(unit, color=INK)
+    last = max(int(curve.series.steps[-1]) for curve in curves)
+    pad = 0.5 + 0.02 * last
+    axes.set_xlim(-pad, last + pad)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    figure.legend(loc="upper left", ncols=4, frameon=False, labelcolor=INK, fontsize=8, handlelength=1.4)
+    file = BytesIO()
+    canvas.print_png(file, metadata={"Software": None})
+    return file.getvalue()
+
+
+def draw_lines(axes: Axes, curves: Sequence[Curve]) -> None:
+    """A line through the values of each curve, with its interval where it has one."""
+    for index, curve in enumerate(curves):
+        steps, values, color, style = curve.series.steps, curve.series.values, COLORS[index], LINE_STYLES[index]
+        marker = "o" if len(values) <= MAX_MARKED else ""
+        axes.plot(steps, values, style, color=color, marker=marker, markersize=4, label=curve.label)
+        if curve.band:
+            low, high = curve.band
+            # The outline keeps the interval of a single evaluation visible.
+            axes.fill_between(
+                steps, low.values, high.values, color=color, alpha=0.2, linewidth=1, label="95 % interval"
+            )
+
+
+def draw_smoothed(axes: Axes, curves: Sequence[Curve]) -> None:
+    """A thin line through each step's value and a thick one through the running median; lines alone of few values."""
+    window = window_of(len(curves[0].series))
+    if window == 1:
+        return draw_lines(axes, curves)
+    for index, curve in enumerate(curves):
+        steps, values, color, style = curve.series.steps, curve.series.values, COLORS[index], LINE_STYLES[index]
+        axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.45)
+        axes.plot(steps, running_median(values, window), style, color=color, linewidth=2, label=curve.label)
+    axes.plot([], [], color=INK, linewidth=0.7, label="each step")
+    axes.plot([], [], color=INK, linewidth=2, label=f"running median of {window}")
+    return None
+
+
+def draw_stack(axes: Axes, curves: Sequence[Curve]) -> None:
+    """Each step as a column of its parts, the first at the bottom; the parts are logged at the same steps."""
+    steps = curves[0].series.steps
+    edges = np.append(steps - 0.5, steps[-1] + 0.5)
+    bottom = np.zeros(len(steps))
+    for index, curve in enumerate(curves):
+        top = bottom + curve.series.values
+        axes.stairs(top, edges, baseline=bottom, fill=True, color=COLORS[index], label=curve.label)
+        bottom = top
+    axes.set_ylim(bottom=0)

@@ -1,0 +1,83 @@
+"""Writes a run's `report.html`, one file with everything inside, and its `plots/*.png`."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from student_trainer.report.draw import png
+from student_trainer.report.headline import headline
+from student_trainer.report.panels import Panel, describe, gaps, panels
+from student_trainer.report.record import RunRecord, read_run
+from student_trainer.run_folder import Row
+
+NUM_ROLLOUTS = 3
+"""Rollouts shown of one step: enough to see a habit, few enough to read."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn panel: its picture as a data URL, the same in words, and what to know of it."""
+
+    title: str
+    caption: str
+    alt: str
+    url: str
+
+
+def write_report(run: Path) -> Path:
+    """Writes `report.html` and `plots/*.png` into the run folder, finished or not; returns the report's path.
+
+    Raises:
+        ValueError: `run` is not a run folder, or has no metrics yet.
+    """
+    record = read_run(run)
+    folder = run / "plots"
+    folder.mkdir(exist_ok=True)
+    groups = {
+        title: [plot for panel in group if (plot := _plot(panel, record, folder))]
+        for title, group in panels(record.config).items()
+    }
+    page = _template().render(
+        config=record.config,
+        config_text=record.config_text,
+        facts=headline(record),
+        groups={title: plots for title, plots in groups.items() if plots},
+        rollouts=first_middle_last(record.rollouts),
+    )
+    path = run / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def first_middle_last(rollouts: Sequence[Row]) -> dict[int, list[Row]]:
+    """The first few rollouts of the first, the middle and the last step that have any, by step."""
+    steps = sorted({row["step"] for row in rollouts})
+    chosen = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
+    return {step: [row for row in rollouts if row["step"] == step][:NUM_ROLLOUTS] for step in chosen}
+
+
+def _plot(panel: Panel, record: RunRecord, folder: Path) -> Plot | None:
+    """Draws a panel into its file and for the page; None where the run has no data for it."""
+    curves = panel.curves(record)
+    if not curves:
+        return None
+    image = png(panel.draw, curves, panel.unit)
+    (folder / f"{panel.name}.png").write_bytes(image)
+    url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    return Plot(panel.title, f"{panel.caption} {gaps(curves)}".strip(), describe(panel.title, curves), url)
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("student_trainer.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja")

@@ -1,0 +1,1 @@
+"""Who writes the completions: the student itself, in this process."""

@@ -1,0 +1,141 @@
+"""From rollouts to a teacher and back: the handshake, the request, and arrays aligned with the rollouts.
+
+The teacher's client is asynchronous and the training loop is not; the one event loop that joins them lives here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+from protos.client import Teacher, connect
+from protos.errors import TeacherError
+from protos.fingerprint import differences
+from protos.records import Chat, Privileged, ScoreItem, ScoreRequest, ScoreResult, TeacherInfo, TokenizerFingerprint
+from student_trainer.rollout.base import Rollout
+from student_trainer.tasks import Problem
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a loss needs of the teacher at each completion token.
+
+    Attributes:
+        teacher_top_k: how many of the teacher's own most likely ids; 0 for none.
+        student_top_k: how many of the student's most likely ids to score; 0 for none.
+    """
+
+    teacher_top_k: int = 0
+    student_top_k: int = 0
+
+
+class TeacherMismatch(ValueError):
+    """The teacher cannot score this student; the message says what differs."""
+
+
+class Scorer:
+    """A connection to one teacher, for a synchronous caller.
+
+    Args:
+        url: as `protos.client.connect` takes it.
+        temperature: of the log-probs, the same as the student's.
+        timeout_s: for one call of `score`, in seconds.
+        privileged: what the teacher sees of a problem and the student does not; None for nothing.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        temperature: float,
+        timeout_s: float,
+        privileged: Callable[[Problem], Privileged] | None = None,
+    ) -> None:
+        self._url = url
+        self._temperature = temperature
+        self._timeout_s = timeout_s
+        self._privileged = privileged
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-client", daemon=True)
+        self._thread.start()
+        self._teacher: Teacher = self._wait(_connected(url))
+
+    def handshake(self, student: TokenizerFingerprint, wanted: Wanted, max_context_tokens: int) -> TeacherInfo:
+        """Asks the teacher what it is, and refuses one that cannot score this student.
+
+        Raises:
+            TeacherMismatch: tokenizers differ, K or context is too small, or a temperature is not exact there.
+            TeacherError: the teacher could not be asked.
+        """
+        info = self._wait(self._teacher.info())
+        problems = differences(info.tokenizer, student)
+        is_whole = wanted.teacher_top_k == student.vocab_size
+        if is_whole and info.tokenizer.vocab_size != student.vocab_size:
+            problems.append(
+                f"the loss compares whole vocabularies: the student's output has {student.vocab_size} rows, "
+                f"the teacher's {info.tokenizer.vocab_size}"
+            )
+        for name, asked, limit in (
+            ("teacher's top-K", wanted.teacher_top_k, info.max_top_k),
+            ("student's ids a position", wanted.student_top_k, info.max_candidates),
+            ("prompt and completion tokens", max_context_tokens, info.max_context_tokens),
+        ):
+            if asked > limit:
+                problems.append(f"{name}: {asked} needed, the teacher takes at most {limit}")
+        if wanted.student_top_k and "candidates" not in info.supports:
+            problems.append("the loss needs scores at the student's ids, which this teacher cannot give")
+        if self._temperature != 1 and not info.exact_temperature:
+            problems.append(f"temperature {self._temperature} is not exact on this teacher, only 1.0 is")
+        if problems:
+            raise TeacherMismatch(f"teacher {self._url} does not fit this student:\n  " + "\n  ".join(problems))
+        return info
+
+    def score(self, rollouts: Sequence[Rollout], wanted: Wanted) -> list[ScoreResult]:
+        """One result a rollout, in order.
+
+        Raises:
+            TeacherError: any item failed.
+        """
+        request = ScoreRequest(tuple(self._item(rollout, wanted) for rollout in rollouts))
+        return self._wait(self._teacher.score(request, timeout_s=self._timeout_s))
+
+    def close(self) -> None:
+        """Closes the connection and its thread."""
+        self._wait(self._teacher.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _item(self, rollout: Rollout, wanted: Wanted) -> ScoreItem:
+        privileged = self._privileged(rollout.problem) if self._privileged else None
+        return ScoreItem(
+            # Without privileged information the ids themselves are sent, so that both models read the same prompt.
+            prompt=rollout.prompt_ids if privileged is None else Chat(rollout.problem.messages),
+            completion_ids=rollout.completion_ids,
+            temperature=self._temperature,
+            top_k=wanted.teacher_top_k,
+            candidate_ids=rollout.top_ids[:, : wanted.student_top_k] if wanted.student_top_k else None,
+            privileged=privileged,
+        )
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+async def _connected(url: str) -> Teacher:
+    """`connect` inside the loop that will use it: its sockets belong to that loop."""
+    return connect(url)
+
+
+__all__ = ["Scorer", "TeacherError", "TeacherMismatch", "Wanted"]

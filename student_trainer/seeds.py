@@ -1,0 +1,30 @@
+"""Where randomness comes from: every draw is a function of the run's seed and of what is drawn, never of what came
+before, so that a resumed run draws what the unbroken run would have drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+# The purposes of a draw: their numbers keep the streams apart.
+PROBLEMS, ROLLOUTS = range(2)
+
+
+def derive_seed(seed: int, purpose: int, index: int) -> int:
+    """A 63-bit seed for the `index`-th draw of one purpose (NumPy's SeedSequence)."""
+    state = np.random.SeedSequence([seed, purpose, index]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+def pick(items: Sequence[T], num_items: int, step: int, seed: int) -> list[T]:
+    """Items `step * num_items` and the next of an endless stream of shuffled epochs, without replacement in each."""
+    positions = range(step * num_items, (step + 1) * num_items)
+    orders = {
+        epoch: np.random.default_rng(derive_seed(seed, PROBLEMS, epoch)).permutation(len(items))
+        for epoch in {position // len(items) for position in positions}
+    }
+    return [items[int(orders[position // len(items)][position % len(items)])] for position in positions]

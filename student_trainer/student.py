@@ -1,0 +1,52 @@
+"""The student: its weights, its tokenizer, and what a teacher must share with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from protos.fingerprint import tokenizer_fingerprint
+from protos.records import TokenizerFingerprint
+from student_trainer.config import ConfigError, ModelConfig
+from student_trainer.text import eos_token_ids
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model in training; `eos_token_ids` end its completions."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of the model's output."""
+        return int(self.model.config.vocab_size)
+
+    @property
+    def fingerprint(self) -> TokenizerFingerprint:
+        """What a teacher must share."""
+        return tokenizer_fingerprint(self.tokenizer, eos_token_ids=self.eos_token_ids, vocab_size=self.vocab_size)
+
+
+def load_student(config: ModelConfig) -> Student:
+    """Loads the model and its tokenizer from a folder or the Hub.
+
+    Raises:
+        ConfigError: there is no such model, or it names no EOS.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            config.path, revision=config.revision or "main", dtype=getattr(torch, config.dtype)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision or "main")
+        model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+        return Student(model, tokenizer, eos_token_ids(model, tokenizer))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path {config.path!r}: {str(error).splitlines()[0]}") from error

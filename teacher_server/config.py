@@ -1,0 +1,70 @@
+"""What `teacher-server serve` is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Settings of one server process.
+
+    Attributes:
+        model: A model folder or hub name.
+        name: The name that requests may ask for.
+        revision: The hub revision; the default branch when absent.
+        engine: vllm, or transformers: the slow reference that runs anywhere.
+        host: The address to listen on; 0.0.0.0 is every interface.
+        http_port: The HTTP port; 0 picks a free one.
+        grpc_port: The gRPC port; 0 picks a free one.
+        dtype: Of weights and activations; auto is the model's own. Log-probs are computed in float32 always.
+        max_model_len: Tokens of prompt, privileged information and completion together; the model's own when absent.
+        max_top_k: The largest K; the engine's own limit when absent.
+        max_items: Items of one request.
+        max_tokens_in_flight: Tokens in the engine at a time; the rest waits.
+        max_queued_tokens: Tokens that may wait; a request beyond is refused as Overloaded.
+        tensor_parallel_size: GPUs that share the model (vllm).
+        kv_cache_gib: Memory for the KV cache in GiB (vllm); what is free on the GPU when absent.
+        threads: CPU threads of the engine; the libraries' own choice when absent.
+        drain_timeout_s: Seconds that work in flight may take after SIGTERM.
+        ready_file: A file to write {http_url, grpc_url, pid} to as JSON once the server is ready.
+    """
+
+    model: str
+    name: str = "base"
+    revision: str | None = None
+    engine: Literal["vllm", "transformers"] = "vllm"
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_top_k: int | None = None
+    max_items: int = 1024
+    max_tokens_in_flight: int = 2**18
+    max_queued_tokens: int = 2**22
+    tensor_parallel_size: int = 1
+    kv_cache_gib: float | None = None
+    threads: int | None = None
+    drain_timeout_s: float = 30.0
+    ready_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("http_port", "grpc_port"):
+            if not 0 <= getattr(self, name) < 2**16:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 65535")
+        lowest = {"max_model_len": 2, "max_top_k": 0, "max_items": 1, "max_tokens_in_flight": 1, "max_queued_tokens": 0}
+        for name, least in (lowest | {"tensor_parallel_size": 1, "threads": 1, "drain_timeout_s": 0}).items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if self.kv_cache_gib is not None and self.kv_cache_gib <= 0:
+            raise ValueError(f"kv_cache_gib is {self.kv_cache_gib}; it must be above 0")
+        if not self.name:
+            raise ValueError("name is empty; it must have at least one character")
+
+
+class StartError(Exception):
+    """The server cannot start; the message is a sentence for the person who started it."""

@@ -1,0 +1,320 @@
+"""The service itself: validate -> compose -> admit -> score -> stamp -> observe. It knows neither HTTP nor gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import structlog
+
+from protos.errors import DeadlineExceeded, EngineFailed, InvalidRequest, TeacherError
+from protos.records import (
+    GenerateItem,
+    GenerateRequest,
+    GenerateResult,
+    Int32,
+    Message,
+    Sample,
+    ScoreItem,
+    ScoreRequest,
+    ScoreResult,
+    TeacherInfo,
+    TokenizerFingerprint,
+    crc32_of,
+)
+from protos.service import GenerateStream, ScoreStream
+from teacher_server import validate
+from teacher_server.admission import Admission, Ticket
+from teacher_server.engines.base import Engine, EngineDeadError, GenerateTask, ScoreRows, ScoreTask
+from teacher_server.privileged import REFERENCE_TEMPLATES, Context, compose
+from teacher_server.summary import Summary, Tally
+
+_Result = TypeVar("_Result", ScoreResult, GenerateResult)
+
+_log = structlog.get_logger()
+
+
+class Tokenizer(Protocol):
+    """What the core needs of a tokenizer."""
+
+    eos_token_ids: tuple[int, ...]
+
+    def render(self, messages: tuple[Message, ...]) -> Int32:
+        """The chat's ids."""
+        ...
+
+    def decode(self, ids: Int32) -> str:
+        """The ids' text."""
+        ...
+
+    def fingerprint(self, vocab_size: int) -> TokenizerFingerprint:
+        """The fingerprint beside a model whose output has `vocab_size` rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Job(Generic[_Result]):
+    """One validated item: what it costs in tokens, and how to do it after `queue_s` seconds in the queue."""
+
+    num_context_tokens: int
+    num_new_tokens: int
+    run: Callable[[float], Awaitable[_Result]]
+
+
+class TeacherCore:
+    """A TeacherService over one engine.
+
+    Attributes:
+        dead: set once the engine is gone; the process should then end.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        admission: Admission,
+        *,
+        teachers: tuple[str, ...],
+        max_items: int,
+        max_top_k: int | None = None,
+        observe: Callable[[Summary], None] = lambda _: None,
+    ) -> None:
+        self.dead = asyncio.Event()
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._admission = admission
+        self._observe = observe
+        # One thread: chats must not block the event loop, and a tokenizer is not safe to share between threads.
+        self._text_thread = ThreadPoolExecutor(1, "text")
+        own = engine.info
+        self._info = TeacherInfo(
+            teachers=teachers,
+            model=own.model,
+            revision=own.revision,
+            weights_version=0,
+            tokenizer=tokenizer.fingerprint(own.vocab_size),
+            max_context_tokens=own.max_context_tokens,
+            max_top_k=own.max_top_k if max_top_k is None else min(max_top_k, own.max_top_k),
+            max_candidates=own.max_candidates,
+            max_items=max_items,
+            supports=own.supports,
+            exact_temperature=own.exact_temperature,
+            prefix_cache=own.prefix_cache,
+            dtype=own.dtype,
+            engine=own.engine,
+            engine_version=own.engine_version,
+            score_path=own.score_path,
+            determinism=own.determinism,
+            reference_templates=tuple(REFERENCE_TEMPLATES),
+        )
+
+    async def info(self) -> TeacherInfo:
+        """See TeacherService."""
+        return self._info
+
+    def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
+        """See TeacherService."""
+        return self._stream("score", request, self._plan_score, timeout_s)
+
+    def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
+        """See TeacherService."""
+        return self._stream("generate", request, self._plan_generate, timeout_s)
+
+    def close(self) -> None:
+        """Ends the tokenizer's thread; the engine is its owner's to close."""
+        self._text_thread.shutdown(wait=False)
+
+    async def _stream(
+        self,
+        operation: str,
+        request: ScoreRequest | GenerateRequest,
+        plan: Callable[[Any, TeacherInfo], _Job[_Result]],
+        timeout_s: float | None,
+    ) -> AsyncGenerator[tuple[int, _Result | TeacherError], None]:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        deadline = None if timeout_s is None else started + timeout_s
+        tally = Tally(operation, len(request.items))
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            jobs = await loop.run_in_executor(self._text_thread, self._plan, request, plan)
+            tickets = self._admission.admit([job.num_context_tokens + job.num_new_tokens for job in jobs])
+            outcomes: asyncio.Queue[tuple[int, _Result | TeacherError]] = asyncio.Queue()
+            tasks = [
+                asyncio.create_task(self._do(i, job, ticket, outcomes, deadline))
+                for i, (job, ticket) in enumerate(zip(jobs, tickets, strict=True))
+            ]
+            async with aclosing(_errors_held(outcomes, len(jobs))) as replies:
+                async for index, outcome in replies:
+                    tally.add(outcome)
+                    yield index, outcome
+        except TeacherError as error:
+            tally.error = error.name
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            tally.error = "Cancelled"
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._observe(tally.summary(loop.time() - started))
+
+    def _plan(
+        self, request: ScoreRequest | GenerateRequest, plan: Callable[[Any, TeacherInfo], _Job[_Result]]
+    ) -> list[_Job[_Result]]:
+        """A job for every item, or the first item's error with its place in the request."""
+        info = self._info
+        validate.check_request(request, info)
+        jobs = []
+        for i, item in enumerate(request.items):
+            try:
+                jobs.append(plan(item, info))
+            except TeacherError as error:
+                raise type(error)(error.message, field=f"items[{i}].{error.field}".rstrip(".")) from error
+        return jobs
+
+    def _plan_score(self, item: ScoreItem, info: TeacherInfo) -> _Job[ScoreResult]:
+        validate.check_score_item(item, info)
+        context = compose(item.prompt, item.privileged, self._tokenizer.render)
+        num_tokens = len(item.completion_ids)
+        validate.check_fits(context, num_tokens, "of the completion", info)
+        return _Job(len(context.ids), num_tokens, partial(self._score, item, context, info.weights_version))
+
+    def _plan_generate(self, item: GenerateItem, info: TeacherInfo) -> _Job[GenerateResult]:
+        validate.check_generate_item(item, info)
+        prompt = compose(item.prompt, item.privileged, self._tokenizer.render)
+        context = Context(
+            np.concatenate([prompt.ids, item.prefix_ids]),
+            prompt.num_prompt_tokens + len(item.prefix_ids),
+            prompt.num_privileged_tokens,
+        )
+        validate.check_fits(context, item.max_new_tokens, "to write", info)
+        num_new_tokens = item.max_new_tokens * item.num_samples
+        return _Job(len(context.ids), num_new_tokens, partial(self._generate, item, context, info.weights_version))
+
+    async def _do(
+        self,
+        index: int,
+        job: _Job[_Result],
+        ticket: Ticket,
+        outcomes: asyncio.Queue[tuple[int, _Result | TeacherError]],
+        deadline: float | None,
+    ) -> None:
+        """Waits for the ticket, does the job, and reports its result or error."""
+        queued_at = time.monotonic()
+        outcome: _Result | TeacherError
+        timeout = asyncio.timeout_at(deadline)
+        try:
+            async with timeout:
+                await ticket.granted.wait()
+                outcome = await job.run(time.monotonic() - queued_at)
+        except TeacherError as error:
+            outcome = error
+        except ValueError as error:
+            outcome = InvalidRequest(f"the engine refuses this item: {error}", field=f"items[{index}]")
+        except EngineDeadError as error:
+            self.dead.set()
+            outcome = EngineFailed(f"the engine is gone and this server is ending: {error}")
+        except Exception as error:
+            if timeout.expired():
+                outcome = DeadlineExceeded("the caller's deadline passed before this item was done")
+            else:
+                _log.exception("engine failed")
+                outcome = EngineFailed(f"the engine failed on this item: {type(error).__name__}: {error}")
+        finally:
+            self._admission.release(ticket)
+        outcomes.put_nowait((index, outcome))
+
+    async def _score(self, item: ScoreItem, context: Context, weights_version: int, queue_s: float) -> ScoreResult:
+        started = time.monotonic()
+        num_tokens = len(item.completion_ids)
+        candidate_ids = np.empty((num_tokens, 0), np.int32) if item.candidate_ids is None else item.candidate_ids
+        task = ScoreTask(context.ids, item.completion_ids, item.temperature, item.top_k, candidate_ids, item.entropy)
+        rows = await self._engine.score(task) if num_tokens else _no_rows(task)
+        return ScoreResult(
+            sampled_logprobs=rows.sampled_logprobs,
+            top_ids=rows.top_ids,
+            top_logprobs=rows.top_logprobs,
+            candidate_logprobs=rows.candidate_logprobs,
+            entropy=rows.entropy,
+            weights_version=weights_version,
+            num_context_tokens=len(context.ids),
+            num_cached_tokens=rows.num_cached_tokens,
+            queue_s=queue_s,
+            engine_s=time.monotonic() - started,
+            completion_crc32=crc32_of(task.completion_ids),
+        )
+
+    async def _generate(
+        self, item: GenerateItem, context: Context, weights_version: int, queue_s: float
+    ) -> GenerateResult:
+        started = time.monotonic()
+        eos = () if item.ignore_eos else self._tokenizer.eos_token_ids
+        task = GenerateTask(
+            context_ids=context.ids,
+            max_new_tokens=item.max_new_tokens,
+            temperature=item.temperature,
+            top_p=item.top_p,
+            top_k=item.top_k,
+            num_samples=item.num_samples,
+            seed=item.seed,
+            stop_token_ids=tuple(dict.fromkeys(eos + item.stop_token_ids)),
+        )
+        written = await self._engine.generate(task)
+        loop = asyncio.get_running_loop()
+        texts = await loop.run_in_executor(
+            self._text_thread, lambda: [self._tokenizer.decode(sample.token_ids) for sample in written.samples]
+        )
+        return GenerateResult(
+            samples=tuple(
+                Sample(sample.token_ids, sample.logprobs, sample.finish_reason, text)
+                for sample, text in zip(written.samples, texts, strict=True)
+            ),
+            weights_version=weights_version,
+            num_context_tokens=len(context.ids),
+            num_cached_tokens=written.num_cached_tokens,
+            queue_s=queue_s,
+            engine_s=time.monotonic() - started,
+        )
+
+
+async def _errors_held(
+    outcomes: asyncio.Queue[tuple[int, _Result | TeacherError]], num_items: int
+) -> AsyncGenerator[tuple[int, _Result | TeacherError], None]:
+    """The outcomes as they come, errors held back until something succeeds; raises the first item's when nothing does.
+
+    So a request in which nothing succeeds gets the transport's own status, and nothing else is ever delayed.
+    """
+    held: list[tuple[int, TeacherError]] | None = []
+    for _ in range(num_items):
+        index, outcome = await outcomes.get()
+        if held is not None and isinstance(outcome, TeacherError):
+            held.append((index, outcome))
+            continue
+        yield index, outcome
+        if held is not None:
+            for reply in held:
+                yield reply
+            held = None
+    if held:
+        raise min(held, key=lambda reply: reply[0])[1]
+
+
+def _no_rows(task: ScoreTask) -> ScoreRows:
+    """The answer to an empty completion: empty arrays of the asked widths, without the engine."""
+    return ScoreRows(
+        sampled_logprobs=np.empty(0, np.float32),
+        top_ids=np.empty((0, task.top_k), np.int32),
+        top_logprobs=np.empty((0, task.top_k), np.float32),
+        candidate_logprobs=np.empty(task.candidate_ids.shape, np.float32),
+        entropy=np.empty(0, np.float32) if task.entropy else None,
+        num_cached_tokens=0,
+    )

@@ -1,0 +1,1 @@
+"""The engines: what scores and continues ids."""

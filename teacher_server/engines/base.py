@@ -1,0 +1,132 @@
+"""What an engine is: it scores and continues ids; it knows neither requests, chats, privileged information nor errors
+of the wire.
+
+Shape letters as in protos.records: C context tokens, T completion tokens, K top-K, M candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from protos.records import FinishReason, Float32, Int32
+
+ALL_SUPPORTS = ("sampled", "top_k", "candidates", "entropy")
+"""What a row may hold, by its name on the wire."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine can do; fields as in protos.records.TeacherInfo."""
+
+    model: str
+    revision: str
+    vocab_size: int
+    max_context_tokens: int
+    max_top_k: int
+    max_candidates: int
+    supports: tuple[str, ...]
+    exact_temperature: bool
+    prefix_cache: bool
+    dtype: str
+    engine: str
+    engine_version: str
+    score_path: str
+    determinism: str
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """One validated item: C >= 1, T >= 1, C + T <= max_context_tokens, all ids below vocab_size.
+
+    Attributes:
+        context_ids: int32 [C], prompt and privileged information.
+        completion_ids: int32 [T].
+        temperature: above 0.
+        top_k: K, 0 for none.
+        candidate_ids: int32 [T, M] with -1 as padding; M = 0 for none.
+        entropy: whether to compute it.
+    """
+
+    context_ids: Int32
+    completion_ids: Int32
+    temperature: float
+    top_k: int
+    candidate_ids: Int32
+    entropy: bool
+
+
+@dataclass(frozen=True)
+class ScoreRows:
+    """The rows of one task; row t predicts completion token t. Shapes and NaN rule as in protos.records.ScoreResult."""
+
+    sampled_logprobs: Float32
+    top_ids: Int32
+    top_logprobs: Float32
+    candidate_logprobs: Float32
+    entropy: Float32 | None
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True)
+class GenerateTask:
+    """One validated text to continue: C >= 1 and C + max_new_tokens <= max_context_tokens.
+
+    Fields as in protos.records.GenerateItem; `context_ids` ends with the prefix, `stop_token_ids` holds EOS too unless
+    it is ignored.
+    """
+
+    context_ids: Int32
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    num_samples: int
+    seed: int | None
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One continuation: ids int32 [T] with the stop id last, log-probs float32 [T] as in protos.records.Sample."""
+
+    token_ids: Int32
+    logprobs: Float32
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """All samples of one GenerateTask."""
+
+    samples: tuple[Continuation, ...]
+    num_cached_tokens: int
+
+
+class Engine(Protocol):
+    """Scores and continues ids, many at a time; a cancelled call frees its work at once.
+
+    Raises:
+        EngineDeadError: the engine is gone and will not come back in this process.
+    """
+
+    @property
+    def info(self) -> EngineInfo:
+        """What this engine can do."""
+        ...
+
+    async def score(self, task: ScoreTask) -> ScoreRows:
+        """The rows of one task."""
+        ...
+
+    async def generate(self, task: GenerateTask) -> Continuations:
+        """The samples of one task."""
+        ...
+
+    async def close(self) -> None:
+        """Frees the engine's processes and memory."""
+        ...
+
+
+class EngineDeadError(RuntimeError):
+    """The engine is gone and will not come back in this process."""

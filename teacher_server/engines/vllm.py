@@ -1,0 +1,291 @@
+"""The engine over vLLM's `AsyncLLM`: continuous batching, prefix cache, and exact rows computed in the model runner.
+
+vLLM is imported here and in the `vllm_*` modules only. On a CPU the engine core and its worker share one process, whose
+threads follow `OMP_NUM_THREADS` of this process; set `KMP_BLOCKTIME=0` too where a trainer shares the machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import vllm
+from transformers import AutoConfig
+from vllm import RequestOutput, SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
+from vllm.inputs.engine import tokens_input
+from vllm.logprobs import FlatLogprobs
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import exceptions as vllm_exceptions
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from protos.records import FinishReason, Float32
+from teacher_server.engines.base import (
+    Continuation,
+    Continuations,
+    EngineDeadError,
+    EngineInfo,
+    GenerateTask,
+    ScoreRows,
+    ScoreTask,
+)
+from teacher_server.engines.vllm_paths import OfficialFields, RunnerRows, ScorePath
+
+SCORING_WORKER = "teacher_server.engines.vllm_worker.ScoringWorker"
+
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    # The V2 model runner can neither scale by a temperature nor compute an entropy: see vllm_paths.OfficialFields.
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+}
+"""vLLM's own switches, where the user set none."""
+
+MAX_TOP_K = 1024
+"""Per row; also the limit of candidates. A bound on the reply, 8 KB a token, not on what the worker can compute."""
+
+MAX_BATCHED_TOKENS = 8192
+"""Prompt tokens of one step: longer prompts are prefilled in chunks."""
+
+CPU_KV_CACHE_GIB = 1.0
+"""Small on purpose: vLLM's own default reserves most of a machine that the trainer may share."""
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
+"""What vLLM samples at: it refuses more, and replaces less by the minimum without an error. Scoring has no bounds."""
+
+OWNED_ARGS = frozenset(
+    {"generation_config", "logprobs_mode", "runner", "skip_tokenizer_init", "trust_remote_code", "worker_cls"}
+)
+"""Arguments of vLLM that the engine's exactness or safety rests on."""
+
+
+class VllmEngine:
+    """The `Engine` over vLLM; build it with `await VllmEngine.create(...)`."""
+
+    def __init__(self, llm: AsyncLLM, path: ScorePath, info: EngineInfo) -> None:
+        self._llm = llm
+        self._path = path
+        self._info = info
+        self._request_ids = itertools.count()
+
+    @classmethod
+    async def create(
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        max_context_tokens: int | None = None,
+        max_batched_tokens: int = MAX_BATCHED_TOKENS,
+        tensor_parallel_size: int = 1,
+        kv_cache_gib: float | None = None,
+        seed: int = 0,
+        engine_args: Mapping[str, Any] | None = None,
+    ) -> VllmEngine:
+        """Starts vLLM in its own process; the event loop stays free meanwhile.
+
+        Args:
+            model, revision: a folder or a hub name; remote code is never run.
+            dtype: of weights and activations; "auto" is the model's own. Rows are computed in float32 always.
+            max_context_tokens: context and completion together; None is the model's own.
+            max_batched_tokens: prompt tokens of one step.
+            kv_cache_gib: memory for the KV cache in GiB; None lets vLLM fill the GPU, or is CPU_KV_CACHE_GIB on a CPU.
+            seed: of vLLM's global generator; samples have seeds of their own.
+            engine_args: any other field of vLLM's `AsyncEngineArgs`, by name.
+
+        Raises:
+            ValueError: an argument the engine owns, speculative decoding, or what vLLM refuses.
+        """
+        extra = dict(engine_args or {})
+        if owned := OWNED_ARGS & extra.keys():
+            raise ValueError(f"engine_args may not set {sorted(owned)}: exact scoring rests on the engine's own values")
+        if kv_cache_gib is None and current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            kv_cache_gib = CPU_KV_CACHE_GIB
+        args = AsyncEngineArgs(
+            **{
+                "model": model,
+                "revision": revision,
+                "dtype": dtype,
+                "max_model_len": max_context_tokens,
+                "max_num_batched_tokens": max_batched_tokens,
+                "tensor_parallel_size": tensor_parallel_size,
+                "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
+                "seed": seed,
+                "enforce_eager": current_platform.is_cpu(),
+                "enable_prefix_caching": True,
+                "max_logprobs": MAX_TOP_K,
+                "logprobs_mode": "processed_logprobs",
+                "skip_tokenizer_init": True,
+                "generation_config": "vllm",
+                "disable_log_stats": True,
+                "use_tqdm_on_load": False,
+                "worker_cls": SCORING_WORKER,
+            }
+            | extra
+        )
+        return await asyncio.to_thread(cls._start, args)
+
+    @classmethod
+    def _start(cls, args: AsyncEngineArgs) -> VllmEngine:
+        """Checks the configuration that vLLM derives, then starts it."""
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        if current_platform.is_cpu() and args.tensor_parallel_size == args.pipeline_parallel_size == 1:
+            # Keeps the worker inside the engine core's process, which starts twice as fast as two processes do.
+            args.distributed_executor_backend = args.distributed_executor_backend or "uni"
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if args.dtype == "auto":
+            args.dtype = _own_dtype(args.model, args.revision)
+        config = args.create_engine_config()
+        if config.speculative_config is not None:
+            raise ValueError("speculative decoding is refused: vLLM's prompt rows are silently wrong with it")
+        path: ScorePath = RunnerRows()
+        if config.use_v2_model_runner:
+            path = OfficialFields()
+            config.parallel_config.worker_cls = "vllm.v1.worker.gpu_worker.Worker"
+        model = config.model_config
+        vocab_size = model.get_vocab_size()
+        info = EngineInfo(
+            model=model.model,
+            revision=model.revision or "",
+            vocab_size=vocab_size,
+            max_context_tokens=model.max_model_len - path.num_reserved_tokens,
+            max_top_k=min(MAX_TOP_K, vocab_size),
+            max_candidates=MAX_TOP_K,
+            supports=path.supports,
+            exact_temperature=path.exact_temperature,
+            prefix_cache=bool(config.cache_config.enable_prefix_caching),
+            dtype=str(model.dtype).removeprefix("torch."),
+            engine="vllm",
+            engine_version=vllm.__version__,
+            score_path=path.name,
+            determinism="equal requests agree to rounding: batching and the prefix cache change the order of sums",
+        )
+        return cls(AsyncLLM.from_vllm_config(config, disable_log_stats=True), path, info)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What this engine can do."""
+        return self._info
+
+    async def score(self, task: ScoreTask) -> ScoreRows:
+        """The rows of one task.
+
+        The prefix cache is read first. Where it holds positions of the completion too (the same text was seen before),
+        their rows were never computed; the task is then scored again without it.
+
+        Raises:
+            ValueError: the path cannot score this task exactly.
+        """
+        for read_prefix_cache in (True, False):
+            prompt_ids, params = self._path.request(task, read_prefix_cache=read_prefix_cache)
+            rows = self._path.rows(task, await self._run(prompt_ids, params))
+            if rows is not None:
+                return rows
+        raise RuntimeError(f"vLLM returned no rows for {len(task.completion_ids)} completion tokens")
+
+    async def generate(self, task: GenerateTask) -> Continuations:
+        """The samples of one task, run side by side.
+
+        Raises:
+            ValueError: a temperature that vLLM would refuse or replace.
+        """
+        if task.temperature != 0 and not MIN_TEMPERATURE <= task.temperature <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"temperature is {task.temperature}; vLLM samples at 0 or from {MIN_TEMPERATURE} to {MAX_TEMPERATURE}"
+            )
+        seeds = np.random.SeedSequence(task.seed).generate_state(task.num_samples, np.uint64)
+        outputs = await asyncio.gather(*(self._sample(task, int(seed >> 1)) for seed in seeds))
+        return Continuations(
+            samples=tuple(sample for sample, _ in outputs),
+            num_cached_tokens=outputs[0][1],
+        )
+
+    async def _sample(self, task: GenerateTask, seed: int) -> tuple[Continuation, int]:
+        """One sample, and the context tokens it read from the prefix cache."""
+        params = SamplingParams(
+            temperature=task.temperature,
+            top_p=task.top_p,
+            top_k=task.top_k,
+            seed=seed,
+            max_tokens=task.max_new_tokens,
+            stop_token_ids=list(task.stop_token_ids),
+            ignore_eos=True,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._run(task.context_ids.tolist(), params)
+        (sample,) = output.outputs
+        token_ids = np.array(sample.token_ids, np.int32)
+        if task.top_p == 1.0 and task.top_k == 0:
+            assert isinstance(sample.logprobs, FlatLogprobs)
+            logprobs = np.array(sample.logprobs.logprobs, np.float32)
+        else:
+            logprobs = await self._rescore(task, token_ids)
+        finish_reason: FinishReason = "stop" if sample.finish_reason == "stop" else "length"
+        return Continuation(token_ids, logprobs, finish_reason), output.num_cached_tokens or 0
+
+    async def _rescore(self, task: GenerateTask, token_ids: np.ndarray) -> Float32:
+        """float32 [T]: vLLM's own log-probs are those after top-p and top-k, the contract's are those before."""
+        rows = await self.score(
+            ScoreTask(
+                context_ids=task.context_ids,
+                completion_ids=token_ids,
+                temperature=task.temperature or 1.0,
+                top_k=0,
+                candidate_ids=np.empty((len(token_ids), 0), np.int32),
+                entropy=False,
+            )
+        )
+        return rows.sampled_logprobs
+
+    async def close(self) -> None:
+        """Ends vLLM's processes; everything in flight raises EngineDeadError."""
+        handler = self._llm.output_handler
+        if handler is not None and self._llm.get_num_unfinished_requests() == 0:
+            handler.cancel()  # else it logs the end of an idle engine as a failure
+        await asyncio.to_thread(self._llm.shutdown)
+        client: Any = self._llm.engine_core
+        # vLLM closes its sockets but leaves their ZeroMQ context, and the context's threads, behind.
+        await asyncio.to_thread(client.resources.ctx.destroy, linger=0)
+
+    async def _run(self, prompt_ids: list[int], params: SamplingParams) -> RequestOutput:
+        """One request's final output; cancelling the caller aborts the request in the engine."""
+        request_id = str(next(self._request_ids))
+        final: RequestOutput | None = None
+        try:
+            async for output in self._llm.generate(tokens_input(prompt_ids), params, request_id):
+                final = output
+        except asyncio.CancelledError:
+            # AsyncLLM aborts by itself only once the request was sent.
+            await self._llm.abort(request_id)
+            raise
+        except vllm_exceptions.EngineDeadError as error:
+            raise EngineDeadError("vLLM's engine process has died; its log has the reason") from error
+        except VLLMClientError as error:
+            raise ValueError(str(error)) from error
+        assert final is not None
+        assert final.finished
+        finish_reason = final.outputs[0].finish_reason
+        if finish_reason == "abort":
+            raise EngineDeadError("vLLM is shutting down and has aborted its requests")
+        if finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended request {request_id} with {finish_reason!r}")
+        return final
+
+
+def _own_dtype(model: str, revision: str | None) -> Any:
+    """The dtype that the model's config names, float32 where it names none.
+
+    vLLM's own "auto" turns a float32 model into half precision, 1e-3 nats off what the trainer computes.
+    """
+    config = AutoConfig.from_pretrained(model, revision=revision).get_text_config()
+    return str(config.dtype or "float32").removeprefix("torch.")

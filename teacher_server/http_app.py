@@ -1,0 +1,246 @@
+"""The HTTP face of a TeacherService: bodies to records and back, errors to statuses; no rule of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel, TypeAdapter
+from pydantic.json_schema import models_json_schema
+from starlette.types import Receive, Scope, Send
+
+from protos import codec, json_models
+from protos.errors import ERRORS, EngineFailed, InvalidRequest, TeacherError
+from protos.records import TeacherInfo
+from protos.wire import GENERATE, GET_INFO, JSON_TYPE, MAX_MESSAGE_BYTES, PROTOBUF_TYPE, SCORE, TIMEOUT_HEADER, frame
+from teacher_server.gate import Gate
+
+_log = structlog.get_logger()
+_INFO_JSON = TypeAdapter(TeacherInfo)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How one operation's requests and replies are written."""
+
+    from_protobuf: Callable[[bytes], Any]
+    to_protobuf: Callable[[int, Any], bytes]
+    from_json: Callable[[bytes], Any]
+    to_json: Callable[[int, Any], BaseModel]
+    json_request: type[BaseModel]
+    json_replies: Callable[..., BaseModel]
+
+
+_SCORE = _Form(
+    codec.decode_score_request,
+    codec.encode_score_reply,
+    json_models.score_request_from_json,
+    json_models.score_reply_to_json,
+    json_models.ScoreRequestJson,
+    json_models.ScoreRepliesJson,
+)
+_GENERATE = _Form(
+    codec.decode_generate_request,
+    codec.encode_generate_reply,
+    json_models.generate_request_from_json,
+    json_models.generate_reply_to_json,
+    json_models.GenerateRequestJson,
+    json_models.GenerateRepliesJson,
+)
+
+
+def create_app(gate: Gate, metrics_text: Callable[[], bytes], *, max_body_bytes: int = MAX_MESSAGE_BYTES) -> FastAPI:
+    """The ASGI application over `gate`; /readyz follows it, /healthz answers while the process lives."""
+    app = FastAPI(title="teacher-server", description="Scores text it did not write, and continues it.")
+
+    @app.get(GET_INFO.http_path, response_model=TeacherInfo, responses=_error_responses())
+    async def info(request: Request) -> Response:
+        """What this teacher is: the handshake before any score is trusted."""
+        teacher = await gate.info()
+        if _speaks_protobuf(request):
+            return Response(frame(codec.encode_info(teacher)), media_type=PROTOBUF_TYPE)
+        return Response(_INFO_JSON.dump_json(teacher), media_type=JSON_TYPE)
+
+    @app.post(
+        SCORE.http_path,
+        response_model=json_models.ScoreRepliesJson,
+        responses=_error_responses(),
+        openapi_extra=_request_body(_SCORE),
+    )
+    async def score(request: Request) -> Response:
+        """Log-probs of every item's completion; over protobuf each reply is sent as soon as its item is done."""
+        body = await _read(request, _SCORE, max_body_bytes)
+        return _Replies(gate.score_stream(body, timeout_s=_timeout_s(request)), _SCORE, request)
+
+    @app.post(
+        GENERATE.http_path,
+        response_model=json_models.GenerateRepliesJson,
+        responses=_error_responses(),
+        openapi_extra=_request_body(_GENERATE),
+    )
+    async def generate(request: Request) -> Response:
+        """Continuations of every item; over protobuf each reply is sent as soon as its item is done."""
+        body = await _read(request, _GENERATE, max_body_bytes)
+        return _Replies(gate.generate_stream(body, timeout_s=_timeout_s(request)), _GENERATE, request)
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Whether the process is alive."""
+        return {"status": "alive"}
+
+    @app.get("/readyz", responses=_error_responses())
+    async def readyz() -> dict[str, str]:
+        """Whether work is taken."""
+        await gate.info()
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """The metrics in Prometheus' text format."""
+        return Response(metrics_text(), media_type="text/plain; version=0.0.4")
+
+    @app.exception_handler(TeacherError)
+    async def teacher_error(request: Request, error: TeacherError) -> Response:
+        return _error_response(request, error)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        _log.error("unexpected failure", exc_info=error)
+        return _error_response(request, EngineFailed(f"unexpected failure in the server: {type(error).__name__}"))
+
+    app.openapi = lambda: _with_request_schemas(FastAPI.openapi(app))
+    return app
+
+
+class _Replies(Response):
+    """Sends replies as they come (protobuf) or all together (JSON); closes their stream when the client vanishes."""
+
+    def __init__(self, replies: AsyncGenerator[tuple[int, Any], None], form: _Form, request: Request) -> None:
+        protobuf = _speaks_protobuf(request)
+        super().__init__(media_type=PROTOBUF_TYPE if protobuf else JSON_TYPE)
+        del self.headers["content-length"]
+        self._chunks = _framed(replies, form) if protobuf else _as_one_json(replies, form)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.create_task(self._send_all(send))
+        vanished = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait((sending, vanished), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                await sending
+        finally:
+            sending.cancel()
+            vanished.cancel()
+            await asyncio.gather(sending, vanished, return_exceptions=True)
+
+    async def _send_all(self, send: Send) -> None:
+        """Starts the response with the first chunk only, so that an error before it keeps its own status."""
+        started = False
+        async with aclosing(self._chunks) as chunks:
+            async for chunk in chunks:
+                if not started:
+                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                    started = True
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _framed(replies: AsyncGenerator[tuple[int, Any], None], form: _Form) -> AsyncGenerator[bytes, None]:
+    async with aclosing(replies):
+        async for index, outcome in replies:
+            yield frame(form.to_protobuf(index, outcome))
+
+
+async def _as_one_json(replies: AsyncGenerator[tuple[int, Any], None], form: _Form) -> AsyncGenerator[bytes, None]:
+    async with aclosing(replies):
+        outcomes = {index: outcome async for index, outcome in replies}
+    body = form.json_replies(replies=[form.to_json(index, outcomes[index]) for index in sorted(outcomes)])
+    yield body.model_dump_json().encode()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _read(request: Request, form: _Form, max_body_bytes: int) -> Any:
+    """The request's record; InvalidRequest on another content type, too many bytes or a body that is no request."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip()
+    readers = {PROTOBUF_TYPE: form.from_protobuf, JSON_TYPE: form.from_json}
+    if content_type not in readers:
+        raise InvalidRequest(
+            f"content-type is {content_type[:80]!r}; send {PROTOBUF_TYPE} or {JSON_TYPE}", field="content-type"
+        )
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_body_bytes:
+        raise _too_large(declared, max_body_bytes)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_body_bytes:
+            raise _too_large(f"more than {max_body_bytes}", max_body_bytes)
+    return readers[content_type](bytes(body))
+
+
+def _too_large(num_bytes: str, max_body_bytes: int) -> InvalidRequest:
+    return InvalidRequest(f"the request has {num_bytes} bytes; the limit is {max_body_bytes}; send fewer items")
+
+
+def _timeout_s(request: Request) -> float | None:
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return None
+    try:
+        timeout_s = float(text)
+    except ValueError:
+        timeout_s = math.nan
+    if not timeout_s > 0:
+        raise InvalidRequest(f"{TIMEOUT_HEADER} is {text[:80]!r}; it must be seconds above 0", field=TIMEOUT_HEADER)
+    return timeout_s
+
+
+def _speaks_protobuf(request: Request) -> bool:
+    return PROTOBUF_TYPE in request.headers.get("accept", "")
+
+
+def _error_response(request: Request, error: TeacherError) -> Response:
+    headers = {} if error.retry_after_s is None else {"retry-after": str(math.ceil(error.retry_after_s))}
+    if _speaks_protobuf(request):
+        return Response(codec.encode_error(error), error.row.http_status, headers, PROTOBUF_TYPE)
+    body = json_models.ErrorReplyJson(error=json_models.error_to_json(error)).model_dump_json()
+    return Response(body, error.row.http_status, headers, JSON_TYPE)
+
+
+def _error_responses() -> dict[int | str, dict[str, Any]]:
+    """Every status of the table with the names of its errors, for the OpenAPI document."""
+    names: dict[int, list[str]] = {}
+    for name, error in ERRORS.items():
+        names.setdefault(error.row.http_status, []).append(name)
+    return {
+        status: {"model": json_models.ErrorReplyJson, "description": " or ".join(of_status)}
+        for status, of_status in names.items()
+    }
+
+
+def _request_body(form: _Form) -> dict[str, Any]:
+    """The bodies an operation takes; FastAPI cannot know, because the content type decides."""
+    content = {
+        JSON_TYPE: {"schema": {"$ref": f"#/components/schemas/{form.json_request.__name__}"}},
+        PROTOBUF_TYPE: {"schema": {"type": "string", "format": "binary"}},
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _with_request_schemas(document: dict[str, Any]) -> dict[str, Any]:
+    _, schemas = models_json_schema(
+        [(_SCORE.json_request, "validation"), (_GENERATE.json_request, "validation")],
+        ref_template="#/components/schemas/{model}",
+    )
+    document["components"]["schemas"] |= schemas["$defs"]
+    return document

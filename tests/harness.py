@@ -1,0 +1,143 @@
+"""Real servers in this process, real sockets, one event loop: what the contract's tests and others stand on."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from protos.client import Teacher, connect
+from protos.service import TeacherService
+from teacher_server.admission import Admission
+from teacher_server.core import TeacherCore
+from teacher_server.engines.base import Continuations, Engine, EngineInfo, GenerateTask, ScoreRows, ScoreTask
+from teacher_server.gate import Gate
+from teacher_server.listeners import Listeners
+from teacher_server.metrics import Metrics
+from teacher_server.tokenizer import ChatTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+WAIT_S = 120.0
+
+_T = TypeVar("_T")
+
+
+class LoopThread:
+    """One event loop in a thread of its own; servers and clients of a test session share it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def __call__(self, work: Coroutine[Any, Any, _T], timeout_s: float = WAIT_S) -> _T:
+        """The coroutine's result; its exceptions are raised here."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+
+
+@dataclass
+class Server:
+    """A server that answers on free ports of this machine."""
+
+    gate: Gate
+    listeners: Listeners
+
+    def url(self, scheme: str) -> str:
+        return self.listeners.http_url if scheme == "http" else self.listeners.grpc_url
+
+    def connect(self, scheme: str) -> Teacher:
+        return connect(self.url(scheme))
+
+
+async def start_server(service: TeacherService | None, metrics: Metrics | None = None) -> Server:
+    """A ready server over `service`, or one that is still loading."""
+    gate, metrics = Gate(), metrics or Metrics()
+    listeners = await Listeners.start(gate, metrics, host="127.0.0.1", http_port=0, grpc_port=0)
+    if service is not None:
+        gate.open(service)
+        await listeners.set_ready(True)
+    return Server(gate, listeners)
+
+
+@asynccontextmanager
+async def serving(service: TeacherService | None, metrics: Metrics | None = None) -> AsyncIterator[Server]:
+    """`start_server`, stopped at the end."""
+    server = await start_server(service, metrics)
+    try:
+        yield server
+    finally:
+        await server.listeners.stop(0.0)
+
+
+def core_over(
+    engine: Engine,
+    model: Path,
+    *,
+    max_items: int = 64,
+    max_top_k: int | None = None,
+    admission: Admission | None = None,
+    metrics: Metrics | None = None,
+) -> TeacherCore:
+    """A core over `engine` with the tokenizer of `model`; must be called where the event loop runs."""
+    return TeacherCore(
+        engine,
+        ChatTokenizer.load(str(model)),
+        admission or Admission(2**20, 2**20),
+        teachers=("base", "same"),
+        max_items=max_items,
+        max_top_k=max_top_k,
+        observe=(metrics or Metrics()).observe,
+    )
+
+
+@dataclass
+class HeldEngine:
+    """A real engine behind a door: work waits until `door` is set, and counts while it waits or runs."""
+
+    inner: Engine
+    door: asyncio.Event = field(default_factory=asyncio.Event)
+    num_active: int = 0
+    num_started: int = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.inner.info
+
+    async def score(self, task: ScoreTask) -> ScoreRows:
+        async with self._through():
+            return await self.inner.score(task)
+
+    async def generate(self, task: GenerateTask) -> Continuations:
+        async with self._through():
+            return await self.inner.generate(task)
+
+    async def close(self) -> None:
+        self.door.set()
+
+    @asynccontextmanager
+    async def _through(self) -> AsyncGenerator[None, None]:
+        self.num_active += 1
+        self.num_started += 1
+        try:
+            await self.door.wait()
+            yield
+        finally:
+            self.num_active -= 1
+
+
+async def until(condition: Any, timeout_s: float = 10.0) -> None:
+    """Waits until `condition()` holds; fails after `timeout_s` seconds."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)

@@ -1,0 +1,87 @@
+"""A tiny random Qwen3 with a real tokenizer, built in a second: the model of every test that needs one.
+
+Both vLLM and transformers load it. Its distributions are far from uniform and depend on the whole context, so a shifted
+row, a lost token or an ignored temperature shows at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+EOS, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+VOCAB_SIZE = 304
+"""Above the tokenizer's 259 ids on purpose: real models pad their output too."""
+
+LOGITS_STD = 1.25
+"""Two ids differ by 1.8 nats at one standard deviation, more than any error a test should miss; and at T = 0.5 the
+rarest is at about -15 nats, where float32 still holds 1e-5 after a forward."""
+
+
+def build_tiny_qwen3(
+    folder: Path, *, seed: int = 0, num_layers: int = 2, max_context_tokens: int = 256, vocab_size: int = VOCAB_SIZE
+) -> Path:
+    """A model folder below `folder`; equal arguments give equal weights, and a second call builds nothing."""
+    path = folder / f"tiny-qwen3-seed{seed}-layers{num_layers}-context{max_context_tokens}-vocab{vocab_size}"
+    if path.exists():
+        return path
+    building = path.with_name(f"{path.name}.{os.getpid()}")
+    tokenizer = byte_tokenizer()
+    special_ids = tokenizer.get_vocab()
+    tokenizer.save_pretrained(building)
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=max_context_tokens,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=special_ids[IM_END],
+        pad_token_id=special_ids[EOS],
+        dtype="float32",
+    )
+    model = Qwen3ForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name:
+                scale = LOGITS_STD if name == "lm_head.weight" else 1.0
+                fan_in = 1 if "embed" in name else weight.shape[-1]
+                weight.normal_(std=scale / fan_in**0.5, generator=generator)
+    model.save_pretrained(building)
+    try:
+        building.rename(path)
+    except OSError:  # another process was first
+        shutil.rmtree(building)
+    return path
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte (ids 0 to 255) and three special tokens: any text round-trips."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (EOS, IM_START, IM_END)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=IM_END, pad_token=EOS)
+    fast.chat_template = CHATML
+    return fast

@@ -1,0 +1,312 @@
+"""The codec: every record comes back as it went, and no bytes raise anything but InvalidRequest."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from protos import codec
+from protos.errors import ERRORS, InvalidRequest, TeacherError
+from protos.records import (
+    Chat,
+    GenerateItem,
+    GenerateRequest,
+    GenerateResult,
+    Message,
+    PrivilegedIds,
+    Reference,
+    Sample,
+    ScoreItem,
+    ScoreRequest,
+    ScoreResult,
+    SystemText,
+    TeacherInfo,
+    TokenizerFingerprint,
+    UserPrefix,
+    UserSuffix,
+)
+from protos.teacher.v1 import teacher_pb2 as pb
+
+INT32 = st.integers(-(2**31), 2**31 - 1)
+COUNT = st.integers(0, 2**31 - 1)
+FLOAT = st.floats()
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+def ids(*shape: int) -> st.SearchStrategy[np.ndarray]:
+    return npst.arrays(np.int32, shape)
+
+
+def floats(*shape: int) -> st.SearchStrategy[np.ndarray]:
+    return npst.arrays(np.float32, shape, elements=st.floats(width=32))
+
+
+LENGTH = st.integers(0, 5)
+SOME_IDS = LENGTH.flatmap(ids)
+CHAT = st.builds(Chat, st.lists(st.builds(Message, TEXT, TEXT), max_size=3).map(tuple))
+PRIVILEGED = st.none() | st.one_of(
+    st.builds(SystemText, TEXT),
+    st.builds(UserPrefix, TEXT),
+    st.builds(UserSuffix, TEXT),
+    st.builds(Reference, TEXT, TEXT),
+    st.builds(PrivilegedIds, SOME_IDS),
+)
+
+
+@st.composite
+def score_items(draw: st.DrawFn) -> ScoreItem:
+    num_tokens, num_candidates = draw(LENGTH), draw(st.integers(1, 3))
+    return ScoreItem(
+        prompt=draw(SOME_IDS | CHAT),
+        completion_ids=draw(ids(num_tokens)),
+        temperature=draw(FLOAT),
+        top_k=draw(INT32),
+        candidate_ids=draw(st.none() | ids(num_tokens, num_candidates)),
+        entropy=draw(st.booleans()),
+        privileged=draw(PRIVILEGED),
+        teacher=draw(TEXT),
+    )
+
+
+GENERATE_ITEMS = st.builds(
+    GenerateItem,
+    prompt=SOME_IDS | CHAT,
+    prefix_ids=SOME_IDS,
+    max_new_tokens=INT32,
+    temperature=FLOAT,
+    top_p=FLOAT,
+    top_k=INT32,
+    num_samples=INT32,
+    seed=st.none() | st.integers(-(2**63), 2**63 - 1),
+    stop_token_ids=st.lists(INT32, max_size=3).map(tuple),
+    ignore_eos=st.booleans(),
+    privileged=PRIVILEGED,
+    teacher=TEXT,
+)
+
+
+@st.composite
+def score_results(draw: st.DrawFn) -> ScoreResult:
+    num_tokens, top_k, num_candidates = draw(LENGTH), draw(LENGTH), draw(LENGTH)
+    return ScoreResult(
+        sampled_logprobs=draw(floats(num_tokens)),
+        top_ids=draw(ids(num_tokens, top_k)),
+        top_logprobs=draw(floats(num_tokens, top_k)),
+        candidate_logprobs=draw(floats(num_tokens, num_candidates)),
+        entropy=draw(st.none() | floats(num_tokens)),
+        weights_version=draw(st.integers(0, 2**63 - 1)),
+        num_context_tokens=draw(COUNT),
+        num_cached_tokens=draw(COUNT),
+        queue_s=draw(FLOAT),
+        engine_s=draw(FLOAT),
+        completion_crc32=draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> Sample:
+    num_tokens = draw(LENGTH)
+    return Sample(
+        draw(ids(num_tokens)), draw(floats(num_tokens)), draw(st.sampled_from(["stop", "length"])), draw(TEXT)
+    )
+
+
+GENERATE_RESULTS = st.builds(
+    GenerateResult,
+    samples=st.lists(samples(), max_size=3).map(tuple),
+    weights_version=COUNT,
+    num_context_tokens=COUNT,
+    num_cached_tokens=COUNT,
+    queue_s=FLOAT,
+    engine_s=FLOAT,
+)
+ERROR = st.builds(
+    lambda name, message, field, retry: ERRORS[name](message, field=field, retry_after_s=retry),
+    st.sampled_from(list(ERRORS)),
+    TEXT,
+    TEXT,
+    st.none() | st.floats(0.1, 100),
+)
+NAMES = st.lists(TEXT, max_size=3).map(tuple)
+INFO = st.builds(
+    TeacherInfo,
+    teachers=NAMES,
+    model=TEXT,
+    revision=TEXT,
+    weights_version=COUNT,
+    tokenizer=st.builds(TokenizerFingerprint, COUNT, TEXT, TEXT, st.lists(INT32, max_size=3).map(tuple), TEXT),
+    max_context_tokens=COUNT,
+    max_top_k=COUNT,
+    max_candidates=COUNT,
+    max_items=COUNT,
+    supports=NAMES,
+    exact_temperature=st.booleans(),
+    prefix_cache=st.booleans(),
+    dtype=TEXT,
+    engine=TEXT,
+    engine_version=TEXT,
+    score_path=TEXT,
+    determinism=TEXT,
+    privileged_kinds=NAMES,
+    reference_templates=NAMES,
+)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal in type, shape, dtype and bits, NaN included, at any depth."""
+    assert type(a) is type(b)
+    if isinstance(a, TeacherError):
+        assert (a.message, a.field, a.retry_after_s) == (b.message, b.field, b.retry_after_s)
+    elif isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    elif is_dataclass(a):
+        for field in fields(a):
+            assert_same(getattr(a, field.name), getattr(b, field.name))
+    elif isinstance(a, tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, float):
+        np.testing.assert_equal(a, b)
+    else:
+        assert a == b
+
+
+@given(st.builds(ScoreRequest, st.lists(score_items(), max_size=3).map(tuple), COUNT))
+def test_score_requests_round_trip(request: ScoreRequest) -> None:
+    assert_same(codec.decode_score_request(codec.encode_score_request(request)), request)
+
+
+@given(st.builds(GenerateRequest, st.lists(GENERATE_ITEMS, max_size=3).map(tuple), COUNT))
+def test_generate_requests_round_trip(request: GenerateRequest) -> None:
+    assert_same(codec.decode_generate_request(codec.encode_generate_request(request)), request)
+
+
+@given(COUNT, score_results() | ERROR)
+def test_score_replies_round_trip(index: int, outcome: ScoreResult | TeacherError) -> None:
+    assert_same(codec.decode_score_reply(codec.encode_score_reply(index, outcome)), (index, outcome))
+
+
+@given(COUNT, GENERATE_RESULTS | ERROR)
+def test_generate_replies_round_trip(index: int, outcome: GenerateResult | TeacherError) -> None:
+    assert_same(codec.decode_generate_reply(codec.encode_generate_reply(index, outcome)), (index, outcome))
+
+
+@given(INFO)
+def test_info_round_trips(info: TeacherInfo) -> None:
+    assert_same(codec.decode_info(codec.encode_info(info)), info)
+
+
+@given(ERROR)
+def test_errors_round_trip(error: TeacherError) -> None:
+    assert_same(codec.decode_error(codec.encode_error(error)), error)
+
+
+DECODERS = [
+    codec.decode_score_request,
+    codec.decode_generate_request,
+    codec.decode_score_reply,
+    codec.decode_generate_reply,
+    codec.decode_info,
+    codec.decode_error,
+]
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+@given(data=st.binary(max_size=60))
+def test_arbitrary_bytes_raise_only_invalid_request(decode: Any, data: bytes) -> None:
+    with contextlib.suppress(InvalidRequest):
+        decode(data)
+
+
+@given(st.data(), score_items())
+def test_a_damaged_request_raises_only_invalid_request(data: st.DataObject, item: ScoreItem) -> None:
+    message = bytearray(codec.encode_score_request(ScoreRequest((item,))))
+    place = data.draw(st.integers(0, len(message) - 1))
+    message[place] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(InvalidRequest):
+        codec.decode_score_request(bytes(message))
+
+
+ONE = np.array([1], "<i4").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("item", "field", "words"),
+    [
+        (pb.ScoreItem(prompt_ids=pb.TokenIds(ids=b"123")), "prompt_ids", "3 bytes"),
+        (pb.ScoreItem(prompt_ids=pb.TokenIds(ids=ONE), completion_ids=b"12345"), "completion_ids", "5 bytes"),
+        (
+            # T = 1 and M = 2 need 1 * 2 * 4 = 8 bytes.
+            pb.ScoreItem(prompt_ids=pb.TokenIds(ids=ONE), completion_ids=ONE, num_candidates=2, candidate_ids=ONE),
+            "candidate_ids",
+            "4 bytes; int32 of shape [1, 2] is 8 bytes",
+        ),
+        (
+            pb.ScoreItem(prompt_ids=pb.TokenIds(ids=ONE), completion_ids=ONE, candidate_ids=ONE),
+            "candidate_ids",
+            "shape [1, 0] is 0 bytes",
+        ),
+        (
+            pb.ScoreItem(prompt_ids=pb.TokenIds(ids=ONE), num_candidates=-1),
+            "candidate_ids",
+            "[0, -1]",
+        ),
+        (pb.ScoreItem(completion_ids=ONE), "prompt", "no prompt"),
+        (
+            pb.ScoreItem(prompt_ids=pb.TokenIds(ids=ONE), privileged=pb.Privileged()),
+            "privileged",
+            "give one of",
+        ),
+    ],
+)
+def test_a_wrong_item_names_its_field_and_numbers(item: pb.ScoreItem, field: str, words: str) -> None:
+    good = pb.ScoreItem(prompt_ids=pb.TokenIds(ids=ONE))
+    with pytest.raises(InvalidRequest) as caught:
+        codec.decode_score_request(pb.ScoreRequest(items=[good, item]).SerializeToString())
+    assert caught.value.field == f"items[1].{field}"
+    assert words in caught.value.message
+
+
+IDS = np.array([1], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("item", "field"),
+    [
+        (ScoreItem(IDS, np.array([2**31])), "items[0].completion_ids"),
+        (ScoreItem(IDS, np.array([1.0])), "items[0].completion_ids"),  # pyright: ignore[reportArgumentType]
+        (ScoreItem(np.array([[1]], np.int32), IDS), "items[0].prompt_ids"),
+        (ScoreItem(IDS, IDS, candidate_ids=np.zeros((2, 3), np.int32)), "items[0].candidate_ids"),
+        (ScoreItem(IDS, IDS, candidate_ids=np.zeros(1, np.int32)), "items[0].candidate_ids"),
+        (ScoreItem(IDS, IDS, top_k=2**31), "items[0]"),
+    ],
+)
+def test_what_the_wire_cannot_hold_is_refused_where_it_is_written(item: ScoreItem, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        codec.encode_score_request(ScoreRequest((item,)))
+    assert caught.value.field == field
+
+
+def test_arrays_are_little_endian_views() -> None:
+    request = ScoreRequest((ScoreItem(np.array([1, 256], ">i4"), np.array([-1], np.int64)),))  # pyright: ignore[reportArgumentType]
+    data = codec.encode_score_request(request)
+    message = pb.ScoreRequest.FromString(data)
+    assert message.items[0].prompt_ids.ids == bytes([1, 0, 0, 0, 0, 1, 0, 0])
+    assert message.items[0].completion_ids == b"\xff\xff\xff\xff"
+    item = codec.decode_score_request(data).items[0]
+    assert not item.completion_ids.flags.owndata
+    assert not item.completion_ids.flags.writeable
+
+
+def test_an_unknown_error_name_keeps_its_name() -> None:
+    error = codec.decode_error(pb.Error(name="Teapot", message="short and stout").SerializeToString())
+    assert (error.name, error.message) == ("EngineFailed", "Teapot: short and stout")
