@@ -16,7 +16,7 @@ import pytest
 
 from protos.client import Teacher
 from teacher_server.engines.base import Engine
-from tests.harness import LoopThread, Server, core_over, start_server
+from tests.harness import ROOT, LoopThread, Server, core_over, start_server
 from tests.tiny_model import build_tiny_qwen3
 
 
@@ -32,6 +32,14 @@ def run() -> Iterator[LoopThread]:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny random Qwen3 of 256 context tokens."""
     return build_tiny_qwen3(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, kept where the demo keeps it; the first call downloads it."""
+    from student_trainer.study.smollm2 import fetch_smollm2
+
+    return fetch_smollm2(ROOT / "models")
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -130,12 +131,18 @@ def main(*, out: Path = Path("runs/demo"), seed: int = 0, fresh: bool = False) -
         seed: Of the models, the problems and the samples.
         fresh: Forget an earlier demo in `out`.
     """
-    started = time.monotonic()
     quiet_libraries()
     if fresh:
         shutil.rmtree(out, ignore_errors=True)
-    demo = Demo(out, seed)
-    sizes = demo.sizes
+    result = run(Demo(out, seed))
+    (out / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
+    show(result, write_report(out / "opd"))
+
+
+def run(demo: Demo) -> dict[str, Any]:
+    """All four parts; the figures by name."""
+    started = time.monotonic()
+    out, seed, sizes = demo.out, demo.seed, demo.sizes
     console.print("[bold]1/4[/] SFT: a teacher, and a smaller student stopped early")
     teacher = demo.sft("teacher", hidden_size=128, steps=sizes.teacher_steps, seed=2 * seed)
     with teacher_process(teacher, out / "server") as server:
@@ -166,9 +173,7 @@ def main(*, out: Path = Path("runs/demo"), seed: int = 0, fresh: bool = False) -
         "first_loss_http": read_rows(out / "swap-http" / "metrics.jsonl")[1]["loss"],
         "seconds": time.monotonic() - started,
     }
-    result["gap_recovered"] = gap_recovered(result)
-    (out / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
-    show(result, write_report(out / "opd"))
+    return result | {"gap_recovered": gap_recovered(result)}
 
 
 def accuracy(model: Path, task: ToyTask) -> Evaluation:
@@ -185,9 +190,9 @@ def close_to(url: str, model: Path, seed: int) -> Closeness:
 
 
 def gap_recovered(result: dict[str, Any]) -> float:
-    """(after - before) / (teacher - before), of the accuracies."""
+    """(after - before) / (teacher - before), of the accuracies; NaN when there is no gap."""
     before, after, teacher = (result[key]["accuracy"] for key in ("student_before", "student_after", "teacher"))
-    return (after - before) / (teacher - before)
+    return (after - before) / (teacher - before) if teacher > before else math.nan
 
 
 def show(result: dict[str, Any], report: Path) -> None:

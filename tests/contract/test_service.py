@@ -132,7 +132,7 @@ def test_info_is_the_handshake(run: LoopThread, teacher: Teacher) -> None:
     assert info.max_context_tokens == CONTEXT
     assert info.tokenizer == tokenizer_fingerprint(tokenizer, eos_token_ids=[258], vocab_size=VOCAB_SIZE)
     assert info.supports == ("sampled", "top_k", "candidates", "entropy")
-    assert info.reference_templates == ("answer", "solution")
+    assert info.reference_templates == ("plain", "answer", "solution")
     assert tokenizer.chat_template == CHATML
 
 

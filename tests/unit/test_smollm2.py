@@ -41,11 +41,6 @@ def test_wrong_layers_are_refused(llama_folder: Path, tmp_path: Path, layers: li
         drop_layers(llama_folder, tmp_path / "student", layers)
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fetch_smollm2(tmp_path_factory.mktemp("models"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("question", "answer"), [("What is the capital of France?", "Paris"), ("What is 2+2?", "4")])
 def test_smollm2_answers(smollm2: Path, question: str, answer: str) -> None:
