@@ -54,8 +54,7 @@ SHOWN_RULE_TASK = ToyTask(rule_rate=1.0, held_out_size=NUM_HELD_OUT)
 
 
 SFT_OPTIM = {"lr": 2e-3, "betas": [0.9, 0.98], "weight_decay": 0.1, "warmup_share": 0.15, "micro_batch_size": 64}
-OPD_OPTIM = {"lr": 4e-4, "micro_batch_size": 64}
-"""A fifth of the rate of SFT: at 1e-3 the first steps undo the student."""
+OPD_OPTIM = {"lr": 1e-3, "micro_batch_size": 64}
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ class Sizes:
     """How much of everything; the defaults are the demo's."""
 
     teacher_steps: int = 350
-    student_steps: int = 250
-    opd_steps: int = 250
+    student_steps: int = 140
+    opd_steps: int = 300
     swap_steps: int = 10
     opsd_steps: int = 40
 
@@ -147,7 +146,7 @@ def run(demo: Demo) -> dict[str, Any]:
     teacher = demo.sft("teacher", hidden_size=128, steps=sizes.teacher_steps, seed=2 * seed)
     with teacher_process(teacher, out / "server") as server:
         console.print("[bold]2/4[/] teacher-server loads the teacher into vLLM meanwhile")
-        student = demo.sft("student", hidden_size=64, steps=sizes.student_steps, seed=2 * seed + 1)
+        student = demo.sft("student", hidden_size=96, steps=sizes.student_steps, seed=2 * seed + 1)
         urls = server.wait()
         console.print(f"[bold]3/4[/] OPD against {urls['grpc_url']}")
         opd = {"kind": "opd"}
