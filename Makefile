@@ -21,14 +21,15 @@ help: ## this list
 setup: $(STAMP) ## the virtual environment, from the pinned closure (CPU)
 
 $(STAMP): $(LOCK) pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=26"
-	grep '^torch==' $(LOCK) > $(VENV)/torch.txt
-	$(BIN)/pip install --quiet --no-deps --requirement $(VENV)/torch.txt 2>/dev/null \
+	@echo "Setting up $(VENV): about 210 pinned packages, two to five minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade "pip>=26"
+	@grep '^torch==' $(LOCK) > $(VENV)/torch.txt
+	@$(BIN)/pip install --quiet --no-deps --requirement $(VENV)/torch.txt 2>/dev/null \
 	  || $(BIN)/pip install --quiet --no-deps --index-url $(TORCH_INDEX) --requirement $(VENV)/torch.txt
-	$(BIN)/pip install --quiet --no-deps --requirement $(LOCK)
-	$(BIN)/pip install --quiet --no-deps --editable .
-	touch $@
+	@$(BIN)/pip install --quiet --no-deps --requirement $(LOCK)
+	@$(BIN)/pip install --quiet --no-deps --editable .
+	@touch $@
 
 demo: $(STAMP) ## distil a toy student from a vLLM teacher over gRPC, then swap the teacher by URL (about 8 minutes)
 	$(BIN)/python -m student_trainer.study.demo --out runs/demo

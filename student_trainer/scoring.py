@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 from protos.client import Teacher, connect
-from protos.errors import TeacherError
 from protos.fingerprint import differences
-from protos.records import Chat, Privileged, ScoreItem, ScoreRequest, ScoreResult, TeacherInfo, TokenizerFingerprint
+from protos.records import Chat, Privileged, ScoreItem, ScoreResult, TeacherInfo, TokenizerFingerprint
 from student_trainer.rollout.base import Rollout
 from student_trainer.tasks import Problem
 
@@ -46,6 +45,12 @@ class Scorer:
         temperature: of the log-probs, the same as the student's.
         timeout_s: for one call of `score`, in seconds.
         privileged: what the teacher sees of a problem and the student does not; None for nothing.
+
+    Attributes:
+        info: what the teacher said of itself.
+
+    Raises:
+        TeacherError: the teacher could not be asked.
     """
 
     def __init__(
@@ -64,15 +69,15 @@ class Scorer:
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-client", daemon=True)
         self._thread.start()
         self._teacher: Teacher = self._wait(_connected(url))
+        self.info: TeacherInfo = self._wait(self._teacher.info())
 
-    def handshake(self, student: TokenizerFingerprint, wanted: Wanted, max_context_tokens: int) -> TeacherInfo:
-        """Asks the teacher what it is, and refuses one that cannot score this student.
+    def handshake(self, student: TokenizerFingerprint, wanted: Wanted, max_context_tokens: int) -> None:
+        """Refuses a teacher that cannot score this student.
 
         Raises:
             TeacherMismatch: tokenizers differ, K or context is too small, or a temperature is not exact there.
-            TeacherError: the teacher could not be asked.
         """
-        info = self._wait(self._teacher.info())
+        info = self.info
         problems = differences(info.tokenizer, student)
         is_whole = wanted.teacher_top_k == student.vocab_size
         if is_whole and info.tokenizer.vocab_size != student.vocab_size:
@@ -93,16 +98,16 @@ class Scorer:
             problems.append(f"temperature {self._temperature} is not exact on this teacher, only 1.0 is")
         if problems:
             raise TeacherMismatch(f"teacher {self._url} does not fit this student:\n  " + "\n  ".join(problems))
-        return info
 
     def score(self, rollouts: Sequence[Rollout], wanted: Wanted) -> list[ScoreResult]:
-        """One result a rollout, in order.
+        """One result a rollout, in order; as many requests at once as the teacher's limit of items needs.
 
         Raises:
             TeacherError: any item failed.
         """
-        request = ScoreRequest(tuple(self._item(rollout, wanted) for rollout in rollouts))
-        return self._wait(self._teacher.score(request, timeout_s=self._timeout_s))
+        items = [self._item(rollout, wanted) for rollout in rollouts]
+        limit = self.info.max_items
+        return self._wait(self._score([items[i : i + limit] for i in range(0, len(items), limit)]))
 
     def close(self) -> None:
         """Closes the connection and its thread."""
@@ -116,6 +121,10 @@ class Scorer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    async def _score(self, requests: Sequence[Sequence[ScoreItem]]) -> list[ScoreResult]:
+        replies = await asyncio.gather(*(self._teacher.score(r, timeout_s=self._timeout_s) for r in requests))
+        return [result for results in replies for result in results]
 
     def _item(self, rollout: Rollout, wanted: Wanted) -> ScoreItem:
         privileged = self._privileged(rollout.problem) if self._privileged else None
@@ -136,6 +145,3 @@ class Scorer:
 async def _connected(url: str) -> Teacher:
     """`connect` inside the loop that will use it: its sockets belong to that loop."""
     return connect(url)
-
-
-__all__ = ["Scorer", "TeacherError", "TeacherMismatch", "Wanted"]

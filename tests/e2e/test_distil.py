@@ -115,6 +115,18 @@ def test_both_transports_give_the_same_run(tmp_path, models, teacher):
             assert a.get(name) == pytest.approx(b.get(name), abs=1e-5)
 
 
+def test_more_rollouts_than_one_request_may_hold_are_scored_in_order(models, teacher):
+    """The server takes 1024 items a request; each rollout's own log-probs tell whether it got its own scores."""
+    problems = build_task(ToyTask(train_size=50, held_out_size=10)).train
+    params = SamplingParams(max_new_tokens=2, num_samples=21)
+    rollouts = load_sampler(models["same"]).sample(problems, params, seed=0)
+    with Scorer(teacher["grpc_url"], temperature=1.0, timeout_s=120) as scorer:
+        assert len(rollouts) == 1050 > scorer.info.max_items
+        results = scorer.score(rollouts, Wanted())
+    for rollout, result in zip(rollouts, results, strict=True):
+        assert result.sampled_logprobs == pytest.approx(rollout.logprobs, abs=1e-4)
+
+
 def test_privileged_information_reaches_the_teacher_and_never_the_student(tmp_path, models, teacher):
     """Self-distillation with a rule: the teacher is the student, so all of the divergence is the rule's."""
     stage = {"kind": "opsd", "privileged": {"kind": "system", "text": "R"}}
