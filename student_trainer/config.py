@@ -128,8 +128,8 @@ class OptimConfig(Section):
     lr: PositiveFloat = 1e-5
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup_share: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Share of the steps over which the rate rises from 0."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    """Steps over which the rate rises from 0 to `lr`: the first steps of AdamW are its largest."""
     final_lr_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The rate at the last step, as a share of `lr`."""
     max_grad_norm: PositiveFloat = 1.0

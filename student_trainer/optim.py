@@ -26,8 +26,7 @@ def build_schedule(optimizer: AdamW, config: OptimConfig, num_steps: int) -> Lam
 
 def lr_share(step: int, num_steps: int, config: OptimConfig) -> float:
     """Share of `config.lr` at step s of S, from 0: (s + 1) / W over W warm-up steps, then cosine to the final share."""
-    num_warmup = math.ceil(config.warmup_share * num_steps)
-    if step < num_warmup:
-        return (step + 1) / num_warmup
-    progress = (step - num_warmup) / max(1, num_steps - 1 - num_warmup)
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, num_steps - 1 - config.warmup_steps)
     return config.final_lr_share + (1 - config.final_lr_share) * (1 + math.cos(math.pi * min(1.0, progress))) / 2

@@ -53,8 +53,9 @@ RULED_TASK = ToyTask(rule_rate=1.0, show_rule=False, held_out_size=NUM_HELD_OUT)
 SHOWN_RULE_TASK = ToyTask(rule_rate=1.0, held_out_size=NUM_HELD_OUT)
 
 
-SFT_OPTIM = {"lr": 2e-3, "betas": [0.9, 0.98], "weight_decay": 0.1, "warmup_share": 0.15, "micro_batch_size": 64}
-OPD_OPTIM = {"lr": 1e-3, "micro_batch_size": 64}
+SFT_OPTIM = {"lr": 2e-3, "betas": [0.9, 0.98], "weight_decay": 0.1, "warmup_steps": 50, "micro_batch_size": 64}
+OPD_OPTIM = {"lr": 1e-3, "warmup_steps": 20, "micro_batch_size": 64}
+"""Without the warm-up, the first steps at this rate undo the student."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Sizes:
     """How much of everything; the defaults are the demo's."""
 
     teacher_steps: int = 350
-    student_steps: int = 140
+    student_steps: int = 150
     opd_steps: int = 300
     swap_steps: int = 10
     opsd_steps: int = 40
@@ -168,8 +169,8 @@ def run(demo: Demo) -> dict[str, Any]:
         "rule_before": asdict(accuracy(student, RULED_TASK)),
         "rule_after": asdict(accuracy(ruled, RULED_TASK)),
         "opd_tokens_per_s": median_of(out / "opd", "scored_tokens_per_s"),
-        "first_loss_grpc": read_rows(out / "opd" / "metrics.jsonl")[1]["loss"],
-        "first_loss_http": read_rows(out / "swap-http" / "metrics.jsonl")[1]["loss"],
+        "loss_grpc": losses(out / "opd", sizes.swap_steps),
+        "loss_http": losses(out / "swap-http", sizes.swap_steps),
         "seconds": time.monotonic() - started,
     }
     return result | {"gap_recovered": gap_recovered(result)}
@@ -186,6 +187,11 @@ def close_to(url: str, model: Path, seed: int) -> Closeness:
     params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, top_ids=5)
     with Scorer(url, temperature=1.0, timeout_s=120) as scorer:
         return measure_closeness(load_sampler(model), scorer, build_task(PLAIN_TASK).held_out[:256], params, seed=seed)
+
+
+def losses(run: Path, num_steps: int) -> list[float]:
+    """The loss of each of the first `num_steps` steps."""
+    return [row["loss"] for row in read_rows(run / "metrics.jsonl")[1 : num_steps + 1]]
 
 
 def gap_recovered(result: dict[str, Any]) -> float:
@@ -211,8 +217,11 @@ def show(result: dict[str, Any], report: Path) -> None:
     swap = Table(title="The swap: only the URL and the stage changed", title_justify="left")
     for column in ("teacher", "what it shows", "figure"):
         swap.add_column(column)
-    difference = abs(result["first_loss_http"] - result["first_loss_grpc"])
-    swap.add_row("the same, http://", "first step's loss, against grpc://", f"differs by {difference:.1e}")
+    pairs = list(zip(result["loss_http"], result["loss_grpc"], strict=True))
+    swap.add_row(
+        "the same, http://", f"loss of its first {len(pairs)} steps", f"{pairs[0][0]:.4f} to {pairs[-1][0]:.4f}"
+    )
+    swap.add_row("", "largest difference from grpc://", f"{max(abs(a - b) for a, b in pairs):.1e}")
     swap.add_row("itself, told a rule", "obeys when told (before)", interval(result["rule_told"]))
     swap.add_row("", "obeys when not told, before OPSD", interval(result["rule_before"]))
     swap.add_row("", "obeys when not told, after OPSD", interval(result["rule_after"]))

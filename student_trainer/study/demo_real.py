@@ -37,7 +37,7 @@ TASK = ReasoningGymTask(
 )
 
 MAX_NEW_TOKENS = 32
-NUM_STEPS = 40
+NUM_STEPS = 30
 
 
 @app.default

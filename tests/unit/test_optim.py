@@ -8,8 +8,8 @@ from student_trainer.optim import build_optimizer, lr_share
 
 
 def test_warm_up_rises_linearly_and_cosine_falls_to_the_final_share():
-    """S = 11, W = ceil(.2 * 11) = 3: 1/3, 2/3, 1; then step 3 is the top and step 10 the end."""
-    config = OptimConfig(warmup_share=0.2, final_lr_share=0.1)
+    """S = 11, W = 3: 1/3, 2/3, 1; then step 3 is the top and step 10 the end."""
+    config = OptimConfig(warmup_steps=3, final_lr_share=0.1)
     shares = [lr_share(step, 11, config) for step in range(11)]
     assert shares[:3] == pytest.approx([1 / 3, 2 / 3, 1])
     assert shares[3] == pytest.approx(1)
@@ -18,9 +18,13 @@ def test_warm_up_rises_linearly_and_cosine_falls_to_the_final_share():
     assert shares[3:] == sorted(shares[3:], reverse=True)
 
 
-def test_one_step_and_no_warm_up_use_the_full_rate():
-    assert lr_share(0, 1, OptimConfig(warmup_share=0)) == 1
-    assert lr_share(0, 1, OptimConfig(warmup_share=1)) == 1
+def test_without_warm_up_the_first_step_has_the_full_rate():
+    assert lr_share(0, 1, OptimConfig(warmup_steps=0)) == 1
+
+
+def test_a_run_shorter_than_its_warm_up_is_the_start_of_a_longer_one():
+    config = OptimConfig(warmup_steps=20)
+    assert [lr_share(s, 10, config) for s in range(10)] == [lr_share(s, 300, config) for s in range(10)]
 
 
 def test_weight_decay_spares_vectors():
