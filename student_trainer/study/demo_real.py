@@ -7,10 +7,12 @@ What is measured is the reverse KL on prompts that were not trained on.
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from cyclopts import App
 from rich.console import Console
 from rich.table import Table
@@ -50,11 +52,16 @@ def main(*, out: Path = Path("runs/demo-real"), models: Path = Path("models"), s
         seed: Of the problems and the samples.
     """
     started = time.monotonic()
+    # The two processes take turns, so each may have every core while it works.
+    torch.set_num_threads(os.cpu_count() or 1)
     quiet_libraries()
+    console.print("[bold]1/3[/] SmolLM2-135M-Instruct, and a student of it with two layers dropped")
     teacher = fetch_smollm2(models)
     student = drop_layers(teacher, models / f"{teacher.name}-without-14-15", DROPPED_LAYERS)
-    with teacher_process(teacher, out / "server") as server:
+    with teacher_process(teacher, out / "server", threads=os.cpu_count() or 1) as server:
+        console.print("[bold]2/3[/] teacher-server loads the whole model into vLLM")
         url = server.wait()["grpc_url"]
+        console.print(f"[bold]3/3[/] OPD against {url}; one step takes a quarter of a minute")
         before = close_to(url, student, seed)
         config = parse_config(
             {
@@ -68,7 +75,7 @@ def main(*, out: Path = Path("runs/demo-real"), models: Path = Path("models"), s
                 "stage": {"kind": "opd"},
                 "rollout": {"max_new_tokens": MAX_NEW_TOKENS},
                 "optim": {"lr": 1e-4, "micro_batch_size": 8},
-                "eval": {"num_problems": 64, "batch_size": 32},
+                "eval": {"num_problems": 32, "batch_size": 32},
                 "checkpoint": {"every_steps": 10, "keep": 1},
             }
         )
