@@ -40,7 +40,7 @@ demo-real: $(STAMP) ## the same line on SmolLM2-135M-Instruct (about 15 minutes)
 test: $(STAMP) ## the whole test suite
 	$(BIN)/pytest
 
-test-fast: $(STAMP) ## the tests that need no vLLM and no second process
+test-fast: $(STAMP) ## the tests that start neither vLLM nor a training process
 	$(BIN)/pytest -m "not slow"
 
 lint: $(STAMP) ## ruff, import-linter, buf

@@ -13,6 +13,8 @@ import pytest
 from student_trainer.config import dump_config, parse_config
 from student_trainer.study.toy import build_toy_model
 
+pytestmark = pytest.mark.slow
+
 USER_ERROR = 2
 
 
