@@ -23,6 +23,7 @@ MAX_ERROR_CHARS = 500
 
 _INT = np.dtype("<i4")
 _FLOAT = np.dtype("<f4")
+_HALF = np.dtype("<f2")
 _INT_RANGE = np.iinfo(np.int32)
 
 _Message = TypeVar("_Message", bound=Message)
@@ -154,8 +155,8 @@ def _ids(data: bytes, field: str) -> Int32:
     return _array(data, _INT, (len(data) // _INT.itemsize,), field)
 
 
-def _float_bytes(values: Float32) -> bytes:
-    return np.ascontiguousarray(values, _FLOAT).tobytes()
+def _float_bytes(values: Float32, dtype: np.dtype = _FLOAT) -> bytes:
+    return np.ascontiguousarray(values, dtype).tobytes()
 
 
 def _array(data: bytes, dtype: np.dtype, shape: tuple[int, ...], field: str) -> np.ndarray:
@@ -238,6 +239,7 @@ def _score_item_message(item: records.ScoreItem, where: str) -> pb.ScoreItem:
         "top_k": item.top_k,
         "entropy": item.entropy,
         "teacher": item.teacher,
+        "half_precision": item.half_precision,
     }
     if item.candidate_ids is not None:
         check_candidates(item.candidate_ids, len(item.completion_ids), f"{where}.candidate_ids")
@@ -259,6 +261,7 @@ def _score_item(item: pb.ScoreItem, where: str) -> records.ScoreItem:
         entropy=item.entropy,
         privileged=_privileged(item, where),
         teacher=item.teacher,
+        half_precision=item.half_precision,
     )
 
 
@@ -297,14 +300,15 @@ def _generate_item(item: pb.GenerateItem, where: str) -> records.GenerateItem:
 
 
 def _score_result_message(result: records.ScoreResult) -> pb.ScoreResult:
+    wide = _HALF if result.half_precision else _FLOAT
     return pb.ScoreResult(
         num_tokens=result.num_tokens,
         sampled_logprobs=_float_bytes(result.sampled_logprobs),
         top_k=result.top_ids.shape[1],
         top_ids=_ids_bytes(result.top_ids, "result.top_ids", ndim=2),
-        top_logprobs=_float_bytes(result.top_logprobs),
+        top_logprobs=_float_bytes(result.top_logprobs, wide),
         num_candidates=result.candidate_logprobs.shape[1],
-        candidate_logprobs=_float_bytes(result.candidate_logprobs),
+        candidate_logprobs=_float_bytes(result.candidate_logprobs, wide),
         entropy=None if result.entropy is None else _float_bytes(result.entropy),
         weights_version=result.weights_version,
         num_context_tokens=result.num_context_tokens,
@@ -312,6 +316,7 @@ def _score_result_message(result: records.ScoreResult) -> pb.ScoreResult:
         queue_s=result.queue_s,
         engine_s=result.engine_s,
         completion_crc32=result.completion_crc32,
+        half_precision=result.half_precision,
     )
 
 
@@ -319,11 +324,14 @@ def _score_result(message: pb.ScoreResult) -> records.ScoreResult:
     shape_T = (message.num_tokens,)
     shape_TK = (message.num_tokens, message.top_k)
     shape_TM = (message.num_tokens, message.num_candidates)
+    wide = _HALF if message.half_precision else _FLOAT
     return records.ScoreResult(
         sampled_logprobs=_array(message.sampled_logprobs, _FLOAT, shape_T, "result.sampled_logprobs"),
         top_ids=_array(message.top_ids, _INT, shape_TK, "result.top_ids"),
-        top_logprobs=_array(message.top_logprobs, _FLOAT, shape_TK, "result.top_logprobs"),
-        candidate_logprobs=_array(message.candidate_logprobs, _FLOAT, shape_TM, "result.candidate_logprobs"),
+        top_logprobs=_array(message.top_logprobs, wide, shape_TK, "result.top_logprobs").astype(np.float32, copy=False),
+        candidate_logprobs=_array(message.candidate_logprobs, wide, shape_TM, "result.candidate_logprobs").astype(
+            np.float32, copy=False
+        ),
         entropy=_array(message.entropy, _FLOAT, shape_T, "result.entropy") if message.HasField("entropy") else None,
         weights_version=message.weights_version,
         num_context_tokens=message.num_context_tokens,
@@ -331,6 +339,7 @@ def _score_result(message: pb.ScoreResult) -> records.ScoreResult:
         queue_s=message.queue_s,
         engine_s=message.engine_s,
         completion_crc32=message.completion_crc32,
+        half_precision=message.half_precision,
     )
 
 

@@ -100,6 +100,7 @@ class ScoreItemJson(_ItemJson):
     top_k: Id = 0
     candidate_ids: list[list[Id]] | None = None
     entropy: bool = False
+    half_precision: bool = False
 
     def to_record(self, where: str) -> records.ScoreItem:
         """The record; InvalidRequest where keys exclude each other or rows differ in length."""
@@ -112,6 +113,7 @@ class ScoreItemJson(_ItemJson):
             entropy=self.entropy,
             privileged=self.privileged_record(where),
             teacher=self.teacher,
+            half_precision=self.half_precision,
         )
 
 
@@ -189,6 +191,7 @@ class ScoreResultJson(_Strict):
     queue_s: float
     engine_s: float
     completion_crc32: int
+    half_precision: bool
 
 
 class SampleJson(_Strict):

@@ -98,6 +98,9 @@ class ScoreItem:
         entropy: whether to return the entropy of the teacher's distribution at this temperature.
         privileged: what the teacher sees and the student does not.
         teacher: the served name; "" is the server's first.
+        half_precision: whether the log-probs of the top-K and of the candidates travel as float16, which rounds a
+            log-prob x by at most |x| / 2048 nats and makes one below -65,520 nats -inf; a sampled log-prob and an
+            entropy are float32 always.
     """
 
     prompt: Int32 | Chat
@@ -108,6 +111,7 @@ class ScoreItem:
     entropy: bool = False
     privileged: Privileged | None = None
     teacher: str = ""
+    half_precision: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ class ScoreResult:
         num_cached_tokens: context tokens read from the prefix cache.
         queue_s, engine_s: seconds waiting and seconds in the engine.
         completion_crc32: checksum of the ids that were scored; see `crc32_of`.
+        half_precision: whether top_logprobs and candidate_logprobs hold values of float16, and travel as such.
     """
 
     sampled_logprobs: Float32
@@ -145,6 +150,7 @@ class ScoreResult:
     queue_s: float
     engine_s: float
     completion_crc32: int
+    half_precision: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -27,6 +27,7 @@ def check_score(item: ScoreItem, result: ScoreResult) -> None:
     _check_equal(
         "entropy", None if result.entropy is None else result.entropy.shape, (num_tokens,) if item.entropy else None
     )
+    _check_equal("half_precision", result.half_precision, item.half_precision)
     _check_equal("completion_crc32", result.completion_crc32, crc32_of(item.completion_ids))
 
 

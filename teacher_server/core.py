@@ -16,6 +16,7 @@ import structlog
 
 from protos.errors import DeadlineExceeded, EngineFailed, InvalidRequest, TeacherError
 from protos.records import (
+    Float32,
     GenerateItem,
     GenerateRequest,
     GenerateResult,
@@ -242,8 +243,8 @@ class TeacherCore:
         return ScoreResult(
             sampled_logprobs=rows.sampled_logprobs,
             top_ids=rows.top_ids,
-            top_logprobs=rows.top_logprobs,
-            candidate_logprobs=rows.candidate_logprobs,
+            top_logprobs=_as_sent(rows.top_logprobs, item),
+            candidate_logprobs=_as_sent(rows.candidate_logprobs, item),
             entropy=rows.entropy,
             weights_version=weights_version,
             num_context_tokens=len(context.ids),
@@ -251,6 +252,7 @@ class TeacherCore:
             queue_s=queue_s,
             engine_s=time.monotonic() - started,
             completion_crc32=crc32_of(task.completion_ids),
+            half_precision=item.half_precision,
         )
 
     async def _generate(
@@ -306,6 +308,14 @@ async def _errors_held(
             held = None
     if held:
         raise min(held, key=lambda reply: reply[0])[1]
+
+
+def _as_sent(logprobs: Float32, item: ScoreItem) -> Float32:
+    """What the item's precision leaves of the log-probs, so that every transport carries the same values."""
+    if not item.half_precision:
+        return logprobs
+    with np.errstate(over="ignore"):  # beyond float16's range a probability is 0 for every purpose
+        return logprobs.astype(np.float16).astype(np.float32)
 
 
 def _no_rows(task: ScoreTask) -> ScoreRows:

@@ -38,6 +38,8 @@ from teacher_server.engines.base import (
 from teacher_server.engines.vllm_paths import OfficialFields, RunnerRows, ScorePath
 
 SCORING_WORKER = "teacher_server.engines.vllm_worker.ScoringWorker"
+SCORING_SCHEDULER = "teacher_server.engines.vllm_scheduler.ScoringScheduler"
+ASYNC_SCORING_SCHEDULER = "teacher_server.engines.vllm_scheduler.AsyncScoringScheduler"
 
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -60,7 +62,15 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 """What vLLM samples at: it refuses more, and replaces less by the minimum without an error. Scoring has no bounds."""
 
 OWNED_ARGS = frozenset(
-    {"generation_config", "logprobs_mode", "runner", "skip_tokenizer_init", "trust_remote_code", "worker_cls"}
+    {
+        "generation_config",
+        "logprobs_mode",
+        "runner",
+        "scheduler_cls",
+        "skip_tokenizer_init",
+        "trust_remote_code",
+        "worker_cls",
+    }
 )
 """Arguments of vLLM that the engine's exactness or safety rests on."""
 
@@ -149,6 +159,9 @@ class VllmEngine:
         if config.use_v2_model_runner:
             path = OfficialFields()
             config.parallel_config.worker_cls = "vllm.v1.worker.gpu_worker.Worker"
+        else:
+            scheduler = config.scheduler_config
+            scheduler.scheduler_cls = ASYNC_SCORING_SCHEDULER if scheduler.async_scheduling else SCORING_SCHEDULER
         model = config.model_config
         vocab_size = model.get_vocab_size()
         info = EngineInfo(

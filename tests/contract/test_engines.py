@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -125,6 +125,10 @@ def score_task(
     )
 
 
+async def scored_together(engine: Engine, tasks: Sequence[ScoreTask]) -> list[ScoreRows]:
+    return await asyncio.gather(*(engine.score(task) for task in tasks))
+
+
 def generate_task(context_ids: np.ndarray, **changes: Any) -> GenerateTask:
     plain = GenerateTask(
         context_ids,
@@ -229,10 +233,7 @@ def test_many_at_once(engine: Engine, run: Run, reference: Reference) -> None:
         for i in range(24)
     ]
 
-    async def score_all() -> list[ScoreRows]:
-        return await asyncio.gather(*(engine.score(task) for task in tasks))
-
-    for task, rows in zip(tasks, run(score_all()), strict=True):
+    for task, rows in zip(tasks, run(scored_together(engine, tasks)), strict=True):
         assert_rows(rows, task, reference.logprobs_TV(task))
 
 
@@ -253,6 +254,36 @@ def test_the_context_is_read_from_the_prefix_cache(engine: Engine, run: Run, ref
     rows = run(engine.score(second))
     assert_rows(rows, second, reference.logprobs_TV(second))
     assert rows.num_cached_tokens == (192 if engine.info.prefix_cache else 0)
+
+
+@pytest.mark.parametrize("num_context", [159, 160, 161, 192])
+def test_a_group_computes_its_context_once(engine: Engine, run: Run, reference: Reference, num_context: int) -> None:
+    """Completions of one context sent together: the first computes it, the others read the whole blocks of 32 before
+    the position that predicts their first token, the context's last; then the whole group again."""
+    first = score_task(1000 + num_context, num_context, 20, top_k=3, temperature=0.7)
+    rng = np.random.default_rng(num_context)
+    group = [replace(first, completion_ids=rng.integers(0, VOCAB_SIZE, 20).astype(np.int32)) for _ in range(6)]
+    read = (num_context - 1) // 32 * 32 if engine.info.prefix_cache else 0
+    for cached in ([0, *[read] * 5], [read] * 6):
+        results = run(scored_together(engine, group))
+        for task, rows in zip(group, results, strict=True):
+            assert_rows(rows, task, reference.logprobs_TV(task))
+        assert [rows.num_cached_tokens for rows in results] == cached
+
+
+def test_concurrent_groups_under_pressure(engine: Engine, run: Run, reference: Reference) -> None:
+    """Five contexts of 300 tokens are 50 blocks, the cache holds 40: blocks are evicted between a group's members."""
+    contexts = [score_task(2000 + i, 300, 1).context_ids for i in range(5)]
+    rng = np.random.default_rng(0)
+    tasks = [
+        replace(
+            score_task(3000 + i, 1, 1 + 7 * i % 60, top_k=2, temperature=1.3),
+            context_ids=contexts[rng.integers(5)],
+        )
+        for i in range(40)
+    ]
+    for task, rows in zip(tasks, run(scored_together(engine, tasks)), strict=True):
+        assert_rows(rows, task, reference.logprobs_TV(task))
 
 
 @pytest.mark.parametrize("shift", [-1, 1])

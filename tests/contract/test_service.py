@@ -117,6 +117,24 @@ def test_transports_give_equal_bits(run: LoopThread, transformers_server: Server
         assert_equal(a, b, atol=0.0)
 
 
+def test_half_precision_rounds_the_wide_log_probs_alone(run: LoopThread, teacher: Teacher) -> None:
+    # At T = 1e-5 a log-prob is a hundred thousand times a difference of logits, so some leave float16's range.
+    for temperature, some_lost in ((0.7, False), (1e-5, True)):
+        item = replace(full_item(), temperature=temperature, top_k=VOCAB_SIZE)
+        [whole], [half] = run(teacher.score([item])), run(teacher.score([replace(item, half_precision=True)]))
+        assert_close(half.sampled_logprobs, whole.sampled_logprobs, abs(whole.sampled_logprobs).max() * 1e-6)
+        assert_close(half.entropy, whole.entropy)
+        for rounded, exact in (
+            (half.top_logprobs, whole.top_logprobs),
+            (half.candidate_logprobs, whole.candidate_logprobs),
+        ):
+            lost = np.isneginf(rounded)
+            assert lost.any() == some_lost
+            assert (exact[lost] < -65_500).all()
+            # float16 has 11 significant bits: half a unit in the last place is |x| / 2048 at most.
+            np.testing.assert_allclose(rounded[~lost], exact[~lost], rtol=1 / 2048 + 1e-6, atol=ENGINE_ATOL)
+
+
 def test_many_items_come_back_in_order(run: LoopThread, teacher: Teacher) -> None:
     # Item i scores i + 1 tokens, so a reply in another's place has the wrong length and checksum.
     items = [ScoreItem(PROMPT, np.arange(1, i + 2, dtype=np.int32)) for i in range(20)]

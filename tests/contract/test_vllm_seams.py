@@ -3,11 +3,14 @@
 # ruff: noqa: E402  (nothing of vLLM may be imported where it is not installed)
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import inspect
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +25,9 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.logprobs import FlatLogprobs
 from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -35,11 +41,19 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput, GPUModelRunner
 
 from protos.records import PAD_ID
-from teacher_server.engines.base import ScoreTask
+from teacher_server.engines.base import ScoreRows, ScoreTask
 from teacher_server.engines.rows import RowsRequest, to_plain
-from teacher_server.engines.vllm import ENVIRONMENT, OWNED_ARGS, SCORING_WORKER, VllmEngine
+from teacher_server.engines.vllm import (
+    ASYNC_SCORING_SCHEDULER,
+    ENVIRONMENT,
+    OWNED_ARGS,
+    SCORING_SCHEDULER,
+    SCORING_WORKER,
+    VllmEngine,
+)
 from teacher_server.engines.vllm_paths import OfficialFields, RunnerRows
 from teacher_server.engines.vllm_worker import EXTRA_ARG, RowScoring, ScoringWorker
+from tests.tiny_model import build_tiny_qwen3
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
@@ -148,6 +162,43 @@ def test_the_mixin_overrides_methods_that_exist() -> None:
     own = {"install", "_score_chunk", "_seeds_of_unfinished_prefills_set_aside"}
     assert overridden - own == {"_get_prompt_logprobs_dict", "sample_tokens", "_on_request_state_removed"}
     assert all(hasattr(GPUModelRunner, name) for name in overridden - own)
+
+
+def test_the_scheduler_is_named_by_path_and_asks_for_the_prefix_once() -> None:
+    for path, base in ((SCORING_SCHEDULER, Scheduler), (ASYNC_SCORING_SCHEDULER, AsyncScheduler)):
+        assert issubclass(cast("type", resolve_obj_by_qualname(path)), base)
+        assert "_get_local_prefix_cache_hit" not in vars(AsyncScheduler)
+    assert source(Scheduler.schedule).count("self._get_local_prefix_cache_hit(request)") == 1
+    assert parameters(Scheduler._get_local_prefix_cache_hit) == ["self", "request"]
+    assert parameters(KVCacheManager.truncate_computed_blocks) == ["self", "blocks", "num_computed_tokens"]
+
+
+def test_rows_that_the_prefix_cache_hides_are_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under vLLM's own scheduler a context of whole blocks hides its last position, so that path is still taken."""
+    monkeypatch.setattr("teacher_server.engines.vllm.SCORING_SCHEDULER", "vllm.v1.core.sched.scheduler.Scheduler")
+    monkeypatch.setattr(
+        "teacher_server.engines.vllm.ASYNC_SCORING_SCHEDULER", "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
+    )
+    rng = np.random.default_rng(0)
+    task = replace(
+        score_task(),
+        context_ids=rng.integers(0, 300, 64).astype(np.int32),
+        completion_ids=rng.integers(0, 300, 40).astype(np.int32),
+        candidate_ids=np.empty((40, 0), np.int32),
+    )
+
+    async def score_twice() -> list[ScoreRows]:
+        engine_args = {"block_size": 32}
+        model = build_tiny_qwen3(tmp_path)
+        engine = await VllmEngine.create(str(model), dtype="float32", kv_cache_gib=0.25, engine_args=engine_args)
+        try:
+            return [await engine.score(task) for _ in range(2)]
+        finally:
+            await engine.close()
+
+    first, again = asyncio.run(score_twice())
+    np.testing.assert_allclose(again.top_logprobs, first.top_logprobs, rtol=0, atol=1e-5)
+    assert again.num_cached_tokens == 0
 
 
 def test_arguments_and_switches_still_have_their_names() -> None:

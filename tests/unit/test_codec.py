@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -44,8 +44,8 @@ def ids(*shape: int) -> st.SearchStrategy[np.ndarray]:
     return npst.arrays(np.int32, shape)
 
 
-def floats(*shape: int) -> st.SearchStrategy[np.ndarray]:
-    return npst.arrays(np.float32, shape, elements=st.floats(width=32))
+def floats(*shape: int, width: Literal[16, 32] = 32) -> st.SearchStrategy[np.ndarray]:
+    return npst.arrays(np.float32, shape, elements=st.floats(width=width))
 
 
 LENGTH = st.integers(0, 5)
@@ -72,6 +72,7 @@ def score_items(draw: st.DrawFn) -> ScoreItem:
         entropy=draw(st.booleans()),
         privileged=draw(PRIVILEGED),
         teacher=draw(TEXT),
+        half_precision=draw(st.booleans()),
     )
 
 
@@ -95,11 +96,13 @@ GENERATE_ITEMS = st.builds(
 @st.composite
 def score_results(draw: st.DrawFn) -> ScoreResult:
     num_tokens, top_k, num_candidates = draw(LENGTH), draw(LENGTH), draw(LENGTH)
+    half_precision = draw(st.booleans())
+    width = 16 if half_precision else 32
     return ScoreResult(
         sampled_logprobs=draw(floats(num_tokens)),
         top_ids=draw(ids(num_tokens, top_k)),
-        top_logprobs=draw(floats(num_tokens, top_k)),
-        candidate_logprobs=draw(floats(num_tokens, num_candidates)),
+        top_logprobs=draw(floats(num_tokens, top_k, width=width)),
+        candidate_logprobs=draw(floats(num_tokens, num_candidates, width=width)),
         entropy=draw(st.none() | floats(num_tokens)),
         weights_version=draw(st.integers(0, 2**63 - 1)),
         num_context_tokens=draw(COUNT),
@@ -107,6 +110,7 @@ def score_results(draw: st.DrawFn) -> ScoreResult:
         queue_s=draw(FLOAT),
         engine_s=draw(FLOAT),
         completion_crc32=draw(st.integers(0, 2**32 - 1)),
+        half_precision=half_precision,
     )
 
 
@@ -294,6 +298,29 @@ def test_what_the_wire_cannot_hold_is_refused_where_it_is_written(item: ScoreIte
     with pytest.raises(InvalidRequest) as caught:
         codec.encode_score_request(ScoreRequest((item,)))
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(("half_precision", "per_token"), [(False, 4 + 20 * (4 + 4)), (True, 4 + 20 * (4 + 2))])
+def test_bytes_per_token(half_precision: bool, per_token: int) -> None:
+    # One float32 for the sampled log-prob, then an int32 id and a log-prob for each of K = 20; the rest is per item.
+    num_tokens = 200
+    rows = np.zeros((num_tokens, 20))
+    result = ScoreResult(
+        sampled_logprobs=np.zeros(num_tokens, np.float32),
+        top_ids=rows.astype(np.int32),
+        top_logprobs=rows.astype(np.float32),
+        candidate_logprobs=np.zeros((num_tokens, 0), np.float32),
+        entropy=None,
+        weights_version=1,
+        num_context_tokens=100,
+        num_cached_tokens=96,
+        queue_s=0.1,
+        engine_s=0.1,
+        completion_crc32=1,
+        half_precision=half_precision,
+    )
+    num_bytes = len(codec.encode_score_reply(0, result))
+    assert per_token * num_tokens < num_bytes < per_token * num_tokens + 80
 
 
 def test_arrays_are_little_endian_views() -> None:

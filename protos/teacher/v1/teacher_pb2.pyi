@@ -109,7 +109,7 @@ class Reference(_message.Message):
     def __init__(self, text: _Optional[str] = ..., template: _Optional[str] = ...) -> None: ...
 
 class ScoreItem(_message.Message):
-    __slots__ = ("prompt_ids", "chat", "privileged", "completion_ids", "temperature", "top_k", "candidate_ids", "num_candidates", "entropy", "teacher")
+    __slots__ = ("prompt_ids", "chat", "privileged", "completion_ids", "temperature", "top_k", "candidate_ids", "num_candidates", "entropy", "teacher", "half_precision")
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     PRIVILEGED_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +120,7 @@ class ScoreItem(_message.Message):
     NUM_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     ENTROPY_FIELD_NUMBER: _ClassVar[int]
     TEACHER_FIELD_NUMBER: _ClassVar[int]
+    HALF_PRECISION_FIELD_NUMBER: _ClassVar[int]
     prompt_ids: TokenIds
     chat: Chat
     privileged: Privileged
@@ -130,7 +131,8 @@ class ScoreItem(_message.Message):
     num_candidates: int
     entropy: bool
     teacher: str
-    def __init__(self, prompt_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., privileged: _Optional[_Union[Privileged, _Mapping]] = ..., completion_ids: _Optional[bytes] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., candidate_ids: _Optional[bytes] = ..., num_candidates: _Optional[int] = ..., entropy: _Optional[bool] = ..., teacher: _Optional[str] = ...) -> None: ...
+    half_precision: bool
+    def __init__(self, prompt_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., privileged: _Optional[_Union[Privileged, _Mapping]] = ..., completion_ids: _Optional[bytes] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., candidate_ids: _Optional[bytes] = ..., num_candidates: _Optional[int] = ..., entropy: _Optional[bool] = ..., teacher: _Optional[str] = ..., half_precision: _Optional[bool] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("items", "min_weights_version")
@@ -141,7 +143,7 @@ class ScoreRequest(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., min_weights_version: _Optional[int] = ...) -> None: ...
 
 class ScoreResult(_message.Message):
-    __slots__ = ("num_tokens", "sampled_logprobs", "top_k", "top_ids", "top_logprobs", "num_candidates", "candidate_logprobs", "entropy", "weights_version", "num_context_tokens", "num_cached_tokens", "queue_s", "engine_s", "completion_crc32")
+    __slots__ = ("num_tokens", "sampled_logprobs", "top_k", "top_ids", "top_logprobs", "num_candidates", "candidate_logprobs", "entropy", "weights_version", "num_context_tokens", "num_cached_tokens", "queue_s", "engine_s", "completion_crc32", "half_precision")
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +158,7 @@ class ScoreResult(_message.Message):
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     ENGINE_S_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_CRC32_FIELD_NUMBER: _ClassVar[int]
+    HALF_PRECISION_FIELD_NUMBER: _ClassVar[int]
     num_tokens: int
     sampled_logprobs: bytes
     top_k: int
@@ -170,7 +173,8 @@ class ScoreResult(_message.Message):
     queue_s: float
     engine_s: float
     completion_crc32: int
-    def __init__(self, num_tokens: _Optional[int] = ..., sampled_logprobs: _Optional[bytes] = ..., top_k: _Optional[int] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., num_candidates: _Optional[int] = ..., candidate_logprobs: _Optional[bytes] = ..., entropy: _Optional[bytes] = ..., weights_version: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., engine_s: _Optional[float] = ..., completion_crc32: _Optional[int] = ...) -> None: ...
+    half_precision: bool
+    def __init__(self, num_tokens: _Optional[int] = ..., sampled_logprobs: _Optional[bytes] = ..., top_k: _Optional[int] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., num_candidates: _Optional[int] = ..., candidate_logprobs: _Optional[bytes] = ..., entropy: _Optional[bytes] = ..., weights_version: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., engine_s: _Optional[float] = ..., completion_crc32: _Optional[int] = ..., half_precision: _Optional[bool] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("name", "message", "field", "retry_after_s")
