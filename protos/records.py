@@ -169,7 +169,10 @@ class GenerateItem:
         temperature: 0 is greedy; else any finite value above 0.
         top_p, top_k: nucleus and top-k sampling; 1.0 and 0 keep everything.
         num_samples: independent continuations.
-        seed: equal seeds give equal samples on the same engine and batch; None draws a new one.
+        seed: each sample has a stream of random numbers of its own, derived from the seed alone, so what else is in the
+            batch changes a sample only where rounding does: vLLM promises equal bits for equal batches, not across
+            batches, unless VLLM_BATCH_INVARIANT=1 is set on GPUs that support it (vLLM 0.32, "Reproducibility" and
+            "Batch Invariance"). None draws a new one.
         stop_token_ids: added to the model's own EOS ids.
         ignore_eos: whether to write on past EOS.
         privileged, teacher: as in ScoreItem.

@@ -35,7 +35,7 @@ from teacher_server.engines.base import (
     ScoreRows,
     ScoreTask,
 )
-from teacher_server.engines.vllm_paths import OfficialFields, RunnerRows, ScorePath
+from teacher_server.engines.vllm_paths import OfficialFields, RunnerRows, ScorePath, prefill_params
 
 SCORING_WORKER = "teacher_server.engines.vllm_worker.ScoringWorker"
 SCORING_SCHEDULER = "teacher_server.engines.vllm_scheduler.ScoringScheduler"
@@ -259,6 +259,10 @@ class VllmEngine:
             )
         )
         return rows.sampled_logprobs
+
+    async def prefill(self, prompt_ids: list[int]) -> None:
+        """Computes a prompt and keeps nothing of it but the prefix cache: what any score of it costs at least."""
+        await self._run(prompt_ids, prefill_params(read_prefix_cache=True))
 
     async def close(self) -> None:
         """Ends vLLM's processes; everything in flight raises EngineDeadError."""

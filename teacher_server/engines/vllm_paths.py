@@ -52,7 +52,7 @@ class RunnerRows:
 
     def request(self, task: ScoreTask, *, read_prefix_cache: bool) -> tuple[list[int], SamplingParams]:
         """The prompt is all but the last completion id: vLLM's own sampled token takes that one's place."""
-        params = _prefill_params(read_prefix_cache)
+        params = prefill_params(read_prefix_cache=read_prefix_cache)
         params.extra_args = {EXTRA_ARG: to_plain(task)}
         return [*task.context_ids.tolist(), *task.completion_ids[:-1].tolist()], params
 
@@ -79,7 +79,7 @@ class OfficialFields:
             raise ValueError(f"temperature is {task.temperature}; the V2 model runner scores at 1.0 only")
         if task.entropy:
             raise ValueError("entropy is not among the fields of the V2 model runner")
-        params = _prefill_params(read_prefix_cache and task.top_k == 0)
+        params = prefill_params(read_prefix_cache=read_prefix_cache and task.top_k == 0)
         params.prompt_logprob_token_ids = np.concatenate([task.completion_ids[:, None], task.candidate_ids], axis=1)
         params.prompt_logprob_start = len(task.context_ids) - 1
         if task.top_k > 0:
@@ -116,7 +116,7 @@ def _top_k(task: ScoreTask, prompt_logprobs: object) -> tuple[Int32, Float32]:
     return ids[:, 1:], logprobs[:, 1:]
 
 
-def _prefill_params(read_prefix_cache: bool) -> SamplingParams:
+def prefill_params(*, read_prefix_cache: bool) -> SamplingParams:
     """A prefill alone: one greedy token that nobody reads, which vLLM insists on."""
     return SamplingParams(
         temperature=0.0,

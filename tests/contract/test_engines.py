@@ -399,6 +399,24 @@ def test_equal_seeds_repeat_and_others_differ(engine: Engine, run: Run) -> None:
     assert samples(4)[0] != first[1]  # neighbouring seeds share no stream
 
 
+def test_a_continuation_does_not_depend_on_its_company(engine: Engine, run: Run) -> None:
+    """Greedy and seeded samples alone, then in one batch with the others and with prefills that come and go."""
+    tasks = [
+        generate_task(score_task(60 + i, 20 + 9 * i, 1).context_ids, temperature=float(i % 2), seed=i, num_samples=2)
+        for i in range(6)
+    ]
+
+    async def in_company() -> list[Continuations]:
+        scores = [engine.score(score_task(70 + i, 100 + 50 * i, 30, top_k=2)) for i in range(6)]
+        *written, _ = await asyncio.gather(*(engine.generate(task) for task in tasks), asyncio.gather(*scores))
+        return written
+
+    def ids(continuations: Continuations) -> list[list[int]]:
+        return [sample.token_ids.tolist() for sample in continuations.samples]
+
+    assert [ids(run(engine.generate(task))) for task in tasks] == [ids(written) for written in run(in_company())]
+
+
 def test_generation_leaves_the_global_generator_alone(engine: Engine, run: Run) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
