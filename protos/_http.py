@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 
 import httpx
 
@@ -62,8 +62,14 @@ class HttpTransport:
         body = await response.aread()
         if response.headers.get("content-type") == PROTOBUF_TYPE:
             return codec.decode_error(body)
-        status = response.status_code
-        text = f"{self.url} answered {status}: {body[:_BODY_CHARS].decode(errors='replace')}"
-        if status in _GATEWAY_STATUSES:
-            return NotReady(text)
-        return _ERROR_OF_STATUS.get(status, InvalidRequest if status < 500 else EngineFailed)(text)
+        return error_of_status(self.url, response.status_code, body.decode(errors="replace"), response.headers)
+
+
+def error_of_status(url: str, status: int, body: str, headers: Mapping[str, str]) -> TeacherError:
+    """What a status says where something else than a teacher-server answered."""
+    text = f"{url} answered {status}: {body[:_BODY_CHARS]}"
+    if status in _GATEWAY_STATUSES:
+        return NotReady(text)
+    error = _ERROR_OF_STATUS.get(status, InvalidRequest if status < 500 else EngineFailed)
+    seconds = headers.get("retry-after", "")
+    return error(text, retry_after_s=float(seconds) if seconds.isdigit() else None)

@@ -10,6 +10,7 @@ A synchronous caller keeps one event loop for the life of its teacher (`asyncio.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Protocol, Self, TypeVar
@@ -29,8 +30,16 @@ from protos.records import (
 from protos.service import GenerateStream, ScoreStream, TeacherService
 from protos.wire import GENERATE, GET_INFO, MAX_MESSAGE_BYTES, SCORE, Operation, Transport
 
-SCHEMES = ("grpc", "grpcs", "http", "https")
-URL_FORMS = "grpc://host:port, grpcs://host:port, http://host:port or https://host:port"
+OPENAI_SCHEMES = ("openai+http", "openai+https")
+SCHEMES = ("grpc", "grpcs", "http", "https", *OPENAI_SCHEMES)
+URL_FORMS = (
+    "grpc://host:port, grpcs://host:port, http://host:port, https://host:port, "
+    "openai+http://host:port or openai+https://host:port"
+)
+
+TOKEN_VARIABLE = "TEACHER_TOKEN"
+"""The environment variable with the bearer token. Never OPENAI_API_KEY: it belongs to another service, and would go to
+whichever host a URL names."""
 
 _T = TypeVar("_T")
 
@@ -70,10 +79,8 @@ def connect(url: str) -> Teacher:
     Raises:
         InvalidRequest: the URL is not one of `URL_FORMS`.
     """
-    if "," in url or url.startswith("openai+"):
-        raise InvalidRequest(
-            f"{url!r}: pools and OpenAI-compatible servers are not supported yet; give one {URL_FORMS}"
-        )
+    if "," in url:
+        raise InvalidRequest(f"{url!r}: pools are not supported yet; give one {URL_FORMS}")
     try:
         parts = urlsplit(url)
         well_formed = parts.scheme in SCHEMES and parts.hostname and parts.port and "@" not in parts.netloc
@@ -81,6 +88,10 @@ def connect(url: str) -> Teacher:
         raise InvalidRequest(f"{url!r} is not a teacher's URL ({error}); it must be {URL_FORMS}") from error
     if not well_formed or parts.path.strip("/") or parts.query or parts.fragment:
         raise InvalidRequest(f"{url!r} is not a teacher's URL; it must be {URL_FORMS}")
+    if parts.scheme in OPENAI_SCHEMES:
+        from protos._openai import OpenAITeacher
+
+        return OpenAITeacher(url, token=os.environ.get(TOKEN_VARIABLE))
     return RemoteTeacher(_transport(url, parts.scheme, parts.netloc))
 
 

@@ -9,6 +9,11 @@ from typing import Protocol
 
 from protos.records import TokenizerFingerprint
 
+UNKNOWN = TokenizerFingerprint(
+    vocab_size=0, vocab_sha256="", special_sha256="", eos_token_ids=(), chat_template_sha256=""
+)
+"""Of a teacher that does not say which tokenizer it has; it matches no student's."""
+
 
 class Vocabulary(Protocol):
     """The part of a transformers tokenizer that is fingerprinted."""
@@ -66,6 +71,8 @@ def differences(teacher: TokenizerFingerprint, student: TokenizerFingerprint) ->
 
     The widths of their outputs may differ: models of one family pad the same vocabulary to different sizes.
     """
+    if teacher == UNKNOWN:
+        return ["the teacher does not say which tokenizer it has"]
     sentences = []
     if teacher.vocab_sha256 != student.vocab_sha256:
         sentences.append("their vocabularies map tokens to different ids")

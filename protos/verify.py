@@ -5,6 +5,7 @@ A wrong answer is an EngineFailed that says what is wrong: nothing unchecked rea
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
@@ -63,6 +64,28 @@ async def each_once(
         yield index, outcome
     if missing:
         raise EngineFailed(f"no reply to items {sorted(missing)} of the {len(items)} sent")
+
+
+async def errors_held(
+    outcomes: asyncio.Queue[tuple[int, _Result | TeacherError]], num_items: int
+) -> AsyncGenerator[tuple[int, _Result | TeacherError], None]:
+    """The outcomes as they come, errors held back until something succeeds; raises the first item's when nothing does.
+
+    So a request in which nothing succeeds gets the transport's own status, and nothing else is ever delayed.
+    """
+    held: list[tuple[int, TeacherError]] | None = []
+    for _ in range(num_items):
+        index, outcome = await outcomes.get()
+        if held is not None and isinstance(outcome, TeacherError):
+            held.append((index, outcome))
+            continue
+        yield index, outcome
+        if held is not None:
+            for reply in held:
+                yield reply
+            held = None
+    if held:
+        raise min(held, key=lambda reply: reply[0])[1]
 
 
 async def in_order(replies: AsyncGenerator[tuple[int, _Result | TeacherError], None], num_items: int) -> list[_Result]:

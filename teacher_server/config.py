@@ -16,6 +16,7 @@ class ServeConfig:
         name: The name that requests may ask for.
         revision: The hub revision; the default branch when absent.
         engine: vllm, or transformers: the slow reference that runs anywhere.
+        openai: Whether stock OpenAI clients are answered too: /v1/models, /v1/completions, /v1/chat/completions (vllm).
         host: The address to listen on; 0.0.0.0 is every interface.
         http_port: The HTTP port; 0 picks a free one.
         grpc_port: The gRPC port; 0 picks a free one.
@@ -36,6 +37,7 @@ class ServeConfig:
     name: str = "base"
     revision: str | None = None
     engine: Literal["vllm", "transformers"] = "vllm"
+    openai: bool = True
     host: str = "127.0.0.1"
     http_port: int = 8000
     grpc_port: int = 8001

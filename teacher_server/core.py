@@ -31,6 +31,7 @@ from protos.records import (
     crc32_of,
 )
 from protos.service import GenerateStream, ScoreStream
+from protos.verify import errors_held
 from teacher_server import validate
 from teacher_server.admission import Admission, Ticket
 from teacher_server.engines.base import Engine, EngineDeadError, GenerateTask, ScoreRows, ScoreTask
@@ -152,7 +153,7 @@ class TeacherCore:
                 asyncio.create_task(self._do(i, job, ticket, outcomes, deadline))
                 for i, (job, ticket) in enumerate(zip(jobs, tickets, strict=True))
             ]
-            async with aclosing(_errors_held(outcomes, len(jobs))) as replies:
+            async with aclosing(errors_held(outcomes, len(jobs))) as replies:
                 async for index, outcome in replies:
                     tally.add(outcome)
                     yield index, outcome
@@ -286,28 +287,6 @@ class TeacherCore:
             queue_s=queue_s,
             engine_s=time.monotonic() - started,
         )
-
-
-async def _errors_held(
-    outcomes: asyncio.Queue[tuple[int, _Result | TeacherError]], num_items: int
-) -> AsyncGenerator[tuple[int, _Result | TeacherError], None]:
-    """The outcomes as they come, errors held back until something succeeds; raises the first item's when nothing does.
-
-    So a request in which nothing succeeds gets the transport's own status, and nothing else is ever delayed.
-    """
-    held: list[tuple[int, TeacherError]] | None = []
-    for _ in range(num_items):
-        index, outcome = await outcomes.get()
-        if held is not None and isinstance(outcome, TeacherError):
-            held.append((index, outcome))
-            continue
-        yield index, outcome
-        if held is not None:
-            for reply in held:
-                yield reply
-            held = None
-    if held:
-        raise min(held, key=lambda reply: reply[0])[1]
 
 
 def _as_sent(logprobs: Float32, item: ScoreItem) -> Float32:

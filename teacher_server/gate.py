@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import TypeVar
+from collections.abc import Generator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp
 
 from protos.errors import NotReady
 from protos.records import GenerateRequest, ScoreRequest, TeacherInfo
 from protos.service import GenerateStream, ScoreStream, TeacherService
 
-_Reply = TypeVar("_Reply")
+
+@dataclass(frozen=True)
+class Opened:
+    """What an open gate leads to; `openai` answers stock clients, where the engine has such an application."""
+
+    service: TeacherService
+    openai: ASGIApp | None
 
 
 class Gate:
     """A TeacherService that answers NotReady until it is opened onto another, and again once it is closed."""
 
     def __init__(self) -> None:
-        self._service: TeacherService | None = None
+        self._opened: Opened | None = None
         self._reason = "the model is still loading; retry"
         self._num_in_flight = 0
         self._idle = asyncio.Event()
@@ -27,50 +35,54 @@ class Gate:
     @property
     def is_open(self) -> bool:
         """Whether new work is taken."""
-        return self._service is not None
+        return self._opened is not None
 
-    def open(self, service: TeacherService) -> None:
-        """Lets new work through to `service`."""
-        self._service = service
+    def open(self, service: TeacherService, openai: ASGIApp | None = None) -> None:
+        """Lets new work through to `service`, and that of stock clients to `openai`."""
+        self._opened = Opened(service, openai)
 
     def close(self, reason: str) -> None:
         """Refuses new work with NotReady and this sentence; what is in flight goes on."""
-        self._service = None
+        self._opened = None
         self._reason = reason
 
     async def idle(self) -> None:
         """Returns when nothing is in flight."""
         await self._idle.wait()
 
-    async def info(self) -> TeacherInfo:
-        """See TeacherService."""
-        return await self._opened().info()
+    @contextmanager
+    def entered(self) -> Generator[Opened, None, None]:
+        """What the gate leads to; the caller is in flight until it leaves.
 
-    async def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
-        """See TeacherService."""
-        async with aclosing(self._counted(self._opened().score_stream(request, timeout_s=timeout_s))) as replies:
-            async for reply in replies:
-                yield reply
-
-    async def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
-        """See TeacherService."""
-        async with aclosing(self._counted(self._opened().generate_stream(request, timeout_s=timeout_s))) as replies:
-            async for reply in replies:
-                yield reply
-
-    def _opened(self) -> TeacherService:
-        if self._service is None:
+        Raises:
+            NotReady: the gate is closed.
+        """
+        if self._opened is None:
             raise NotReady(self._reason)
-        return self._service
-
-    async def _counted(self, replies: AsyncGenerator[_Reply, None]) -> AsyncGenerator[_Reply, None]:
         self._num_in_flight += 1
         self._idle.clear()
         try:
-            async with aclosing(replies):
-                async for reply in replies:
-                    yield reply
+            yield self._opened
         finally:
             self._num_in_flight -= 1
             if not self._num_in_flight:
                 self._idle.set()
+
+    async def info(self) -> TeacherInfo:
+        """See TeacherService."""
+        with self.entered() as opened:
+            return await opened.service.info()
+
+    async def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
+        """See TeacherService."""
+        with self.entered() as opened:
+            async with aclosing(opened.service.score_stream(request, timeout_s=timeout_s)) as replies:
+                async for reply in replies:
+                    yield reply
+
+    async def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
+        """See TeacherService."""
+        with self.entered() as opened:
+            async with aclosing(opened.service.generate_stream(request, timeout_s=timeout_s)) as replies:
+                async for reply in replies:
+                    yield reply

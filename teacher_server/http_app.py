@@ -13,12 +13,14 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from protos import codec, json_models
 from protos.errors import ERRORS, EngineFailed, InvalidRequest, TeacherError
 from protos.records import TeacherInfo
 from protos.wire import GENERATE, GET_INFO, JSON_TYPE, MAX_MESSAGE_BYTES, PROTOBUF_TYPE, SCORE, TIMEOUT_HEADER, frame
+from teacher_server import openai_routes
 from teacher_server.gate import Gate
 
 _log = structlog.get_logger()
@@ -100,6 +102,12 @@ def create_app(gate: Gate, metrics_text: Callable[[], bytes], *, max_body_bytes:
         await gate.info()
         return {"status": "ready"}
 
+    @app.get("/health", include_in_schema=False)
+    async def health() -> Response:
+        """vLLM's name for readiness, which its clients poll."""
+        await gate.info()
+        return Response()
+
     @app.get("/metrics")
     async def metrics() -> Response:
         """The metrics in Prometheus' text format."""
@@ -113,6 +121,9 @@ def create_app(gate: Gate, metrics_text: Callable[[], bytes], *, max_body_bytes:
     async def unexpected(request: Request, error: Exception) -> Response:
         _log.error("unexpected failure", exc_info=error)
         return _error_response(request, EngineFailed(f"unexpected failure in the server: {type(error).__name__}"))
+
+    openai = openai_routes.OpenAIRoutes(gate, max_body_bytes=max_body_bytes)
+    app.router.routes.extend(Route(path, openai) for path in openai_routes.PATHS)
 
     app.openapi = lambda: _with_request_schemas(FastAPI.openapi(app))
     return app

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import structlog
+from starlette.types import ASGIApp
 
 from teacher_server.admission import Admission
 from teacher_server.config import ServeConfig, StartError
@@ -67,7 +68,8 @@ async def _serve(config: ServeConfig) -> int:
         observe=metrics.observe,
     )
     try:
-        return 0 if stop.is_set() else await serve_core(core, gate, listeners, stop, config)
+        openai = await _openai_app(engine, (await core.info()).teachers) if config.openai else None
+        return 0 if stop.is_set() else await serve_core(core, gate, listeners, stop, config, openai)
     finally:
         await listeners.stop(LAST_WORDS_S)
         core.close()
@@ -75,10 +77,20 @@ async def _serve(config: ServeConfig) -> int:
 
 
 async def serve_core(
-    core: TeacherCore, gate: Gate, listeners: Listeners, stop: asyncio.Event, config: ServeConfig
+    core: TeacherCore,
+    gate: Gate,
+    listeners: Listeners,
+    stop: asyncio.Event,
+    config: ServeConfig,
+    openai: ASGIApp | None = None,
 ) -> int:
-    """From ready to drained (0) or to the engine's death (1); `stop` asks for the drain."""
-    gate.open(core)
+    """From ready to drained (0) or to the engine's death (1).
+
+    Args:
+        stop: asks for the drain.
+        openai: answers stock clients, where the engine has such an application.
+    """
+    gate.open(core, openai)
     await listeners.set_ready(True)
     _log.info("ready", http_url=listeners.http_url, grpc_url=listeners.grpc_url)
     if config.ready_file is not None:
@@ -122,6 +134,8 @@ async def _load_engine(config: ServeConfig) -> Engine:
             max_context_tokens=config.max_model_len,
             tensor_parallel_size=config.tensor_parallel_size,
             kv_cache_gib=config.kv_cache_gib,
+            # Stock clients do not queue here: vLLM refuses them once this much waits in the engine.
+            engine_args={"max_num_queued_tokens": config.max_tokens_in_flight + config.max_queued_tokens},
         )
     import torch
 
@@ -135,6 +149,16 @@ async def _load_engine(config: ServeConfig) -> Engine:
         max_context_tokens=config.max_model_len,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
+
+
+async def _openai_app(engine: Engine, teachers: tuple[str, ...]) -> ASGIApp | None:
+    """The engine's own application for stock clients, where it has one."""
+    if engine.info.engine != "vllm":
+        return None
+    from teacher_server.engines.vllm import VllmEngine
+
+    assert isinstance(engine, VllmEngine)
+    return await engine.openai_app(teachers)
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:

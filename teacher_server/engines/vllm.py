@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import vllm
+from starlette.types import ASGIApp
 from transformers import AutoConfig
 from vllm import RequestOutput, SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -131,7 +132,7 @@ class VllmEngine:
                 "enable_prefix_caching": True,
                 "max_logprobs": MAX_TOP_K,
                 "logprobs_mode": "processed_logprobs",
-                "skip_tokenizer_init": True,
+                "skip_tokenizer_init": False,
                 "generation_config": "vllm",
                 "disable_log_stats": True,
                 "use_tqdm_on_load": False,
@@ -186,6 +187,12 @@ class VllmEngine:
     def info(self) -> EngineInfo:
         """What this engine can do."""
         return self._info
+
+    async def openai_app(self, teachers: tuple[str, ...]) -> ASGIApp:
+        """vLLM's own OpenAI application over this engine, with `teachers` as the names of its models."""
+        from teacher_server.engines.vllm_openai import openai_app
+
+        return await openai_app(self._llm, teachers)
 
     async def score(self, task: ScoreTask) -> ScoreRows:
         """The rows of one task.
