@@ -68,8 +68,8 @@ class HttpTransport:
 def error_of_status(url: str, status: int, body: str, headers: Mapping[str, str]) -> TeacherError:
     """What a status says where something else than a teacher-server answered."""
     text = f"{url} answered {status}: {body[:_BODY_CHARS]}"
-    if status in _GATEWAY_STATUSES:
-        return NotReady(text)
     error = _ERROR_OF_STATUS.get(status, InvalidRequest if status < 500 else EngineFailed)
+    if status in _GATEWAY_STATUSES:
+        error = NotReady
     seconds = headers.get("retry-after", "")
     return error(text, retry_after_s=float(seconds) if seconds.isdigit() else None)

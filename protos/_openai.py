@@ -124,7 +124,7 @@ class OpenAITeacher:
         return self._info
 
     async def detokenize(self, ids: Sequence[int]) -> str:
-        """The text that the server's tokenizer gives these ids: what its vocabulary can be compared by."""
+        """See protos.service.Detokenizer."""
         model = (await self.info()).teachers[0]
         return (await self._ask("POST", "/detokenize", {"model": model, "tokens": list(ids)}))["prompt"]
 
@@ -136,7 +136,10 @@ class OpenAITeacher:
                 yield reply
 
     async def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
-        """See TeacherService; refused whole where a stock server cannot give exactly what an item asks."""
+        """See TeacherService; refused whole where a stock server cannot give exactly what an item asks.
+
+        A sample's `text` is the server's: decoded as the prompt's continuation, it may lack a character cut at an end.
+        """
         replies = self._stream(request, _check_generate_item, self._generate, timeout_s)
         async with (
             aclosing(replies),
@@ -285,7 +288,8 @@ class OpenAITeacher:
         if num_tokens > info.max_context_tokens:
             raise ContextTooLong(
                 f"{num_tokens} tokens do not fit into the context of {info.max_context_tokens}: {len(context_ids)} of "
-                f"prompt, privileged ids and prefix, {num_new_tokens} to score or write; nothing is truncated, send less"
+                f"the prompt with what goes before and after it, {num_new_tokens} to score or write; nothing is "
+                "truncated, send less"
             )
         return context_ids
 

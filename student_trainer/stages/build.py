@@ -41,7 +41,12 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
         privileged=privileged_of(stage.privileged) if stage.privileged else None,
     )
     longest_prompt = max(len(render_prompt(student.tokenizer, problem.messages)) for problem in task.train)
-    scorer.handshake(student.fingerprint, objective.wanted, longest_prompt + rollout.max_new_tokens)
+    scorer.handshake(
+        student.fingerprint,
+        objective.wanted,
+        longest_prompt + rollout.max_new_tokens,
+        tokenizer=student.tokenizer,
+    )
     sampling = SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,

@@ -172,12 +172,14 @@ def test_vllm_serves_and_ends(run: LoopThread, tiny_model: Path, tmp_path: Path)
     process = Process(tiny_model, tmp_path, *args, "--dtype", "float32")
     try:
 
-        async def scenario() -> int:
+        async def scenario() -> tuple[str, ...]:
             async with connect(process.ready["http_url"]) as teacher:
                 [result] = await teacher.score([ScoreItem(np.array([1, 2], np.int32), np.array([3], np.int32))])
-                return result.num_tokens
+                assert result.num_tokens == 1
+            async with connect(f"openai+{process.ready['http_url']}") as stock:
+                return (await stock.info()).teachers
 
-        assert run(scenario()) == 1
+        assert run(scenario()) == ("base",)
         os.kill(process.process.pid, signal.SIGTERM)
         assert process.process.wait(60) == 0, process.log.read_text()
     finally:

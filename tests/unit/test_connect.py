@@ -6,6 +6,7 @@ import pytest
 
 from protos._grpc import GrpcTransport
 from protos._http import HttpTransport
+from protos._openai import OpenAITeacher
 from protos.client import RemoteTeacher, connect
 from protos.errors import InvalidRequest
 from protos.wire import Transport
@@ -42,6 +43,8 @@ def test_the_scheme_picks_the_transport(url: str, transport: type[Transport]) ->
         "http://localhost:8000?a=b",
         "http://user:secret@localhost:8000",
         "http://[::1:8000",
+        "openai+grpc://localhost:8001",
+        "openai+http://localhost:8000/v1",
     ],
 )
 def test_a_malformed_url_is_refused_with_the_right_form(url: str) -> None:
@@ -50,7 +53,13 @@ def test_a_malformed_url_is_refused_with_the_right_form(url: str) -> None:
     assert repr(url) in caught.value.message
 
 
-@pytest.mark.parametrize("url", ["openai+http://localhost:8000", "grpc://a:1,grpc://b:2"])
-def test_what_comes_later_is_refused_clearly(url: str) -> None:
+@pytest.mark.parametrize("url", ["openai+http://localhost:8000", "openai+https://teacher.example:443"])
+def test_a_stock_server_has_schemes_of_its_own(url: str) -> None:
+    teacher = connect(url)
+    assert isinstance(teacher, OpenAITeacher)
+    assert teacher.url == url
+
+
+def test_what_comes_later_is_refused_clearly() -> None:
     with pytest.raises(InvalidRequest, match="not supported yet"):
-        connect(url)
+        connect("grpc://a:1,grpc://b:2")
