@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from protos.records import TokenizerFingerprint
@@ -93,7 +93,7 @@ class SpellingVocabulary(Protocol):
 
     def get_vocab(self) -> dict[str, int]: ...  # noqa: D102
 
-    def decode(self, token_ids: Sequence[int]) -> Any: ...  # noqa: D102
+    def decode(self, token_ids: list[int]) -> Any: ...  # noqa: D102
 
 
 async def spelling_differences(teacher: Detokenizer, student: SpellingVocabulary) -> list[str]:

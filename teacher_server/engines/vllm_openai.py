@@ -26,6 +26,7 @@ REFUSED_FIELDS = ("vllm_xargs", "kv_transfer_params", "ec_transfer_params")
 async def openai_app(llm: AsyncLLM, teachers: tuple[str, ...]) -> ASGIApp:
     """The application; its models are `teachers`, its settings the defaults of `vllm serve`."""
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    assert args is not None
     args.model, args.served_model_name = llm.model_config.model, list(teachers)
     app = FastAPI(openapi_url=None)
     app.state.args = args

@@ -196,7 +196,7 @@ def test_stock_clients_are_refused_when_too_much_waits(
     # The bound that `serve` sets from its flags; vLLM compares the tokens that wait for their prefill with it.
     run(stock.info())
     monkeypatch.setattr(vllm_engine._llm.scheduler_config, "max_num_queued_tokens", 0)
-    with pytest.raises(NotReady, match="503.*prefill token backlog"):
+    with pytest.raises(NotReady, match=r"503.*prefill token backlog"):
         run(stock.score([ITEM]))
 
 
