@@ -20,27 +20,23 @@ import numpy as np
 
 from protos import verify
 from protos._http import CONNECT_TIMEOUT_S, error_of_status
+from protos._openai_limits import check_generate_item, check_request, check_score_item
+from protos._openai_rows import read_rows, read_sample
 from protos.errors import (
-    Conflict,
     ContextTooLong,
     DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
     NotReady,
     TeacherError,
-    UnknownTeacher,
 )
 from protos.fingerprint import UNKNOWN
 from protos.records import (
-    PAD_ID,
     Chat,
-    Float32,
     GenerateItem,
     GenerateRequest,
     GenerateResult,
-    Int32,
     PrivilegedIds,
-    Sample,
     ScoreItem,
     ScoreRequest,
     ScoreResult,
@@ -55,9 +51,6 @@ MAX_ITEMS = 1024
 MAX_CONNECTIONS = 64
 """Requests in flight; what vLLM batches at a time on one small GPU, and below any server's limit of open sockets."""
 
-MINUS_INFINITY = -9999.0
-"""What vLLM writes for -inf, which JSON lacks."""
-
 RESERVED_TOKENS = 1
 """A stock server insists on writing one token after a prompt that it scores."""
 
@@ -70,8 +63,6 @@ NEUTRAL = {
     "frequency_penalty": 0.0,
 }
 """Sent with every sample: a stock server's defaults are those of the model's generation_config.json."""
-
-_ADVICE = "ask a teacher-server (grpc:// or http://) for it"
 
 _Result = TypeVar("_Result", ScoreResult, GenerateResult)
 
@@ -130,7 +121,7 @@ class OpenAITeacher:
 
     async def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
         """See TeacherService; refused whole where a stock server cannot give exactly what an item asks."""
-        replies = self._stream(request, _check_score_item, self._score, timeout_s)
+        replies = self._stream(request, check_score_item, self._score, timeout_s)
         async with aclosing(replies), aclosing(verify.each_once(replies, request.items, verify.check_score)) as checked:
             async for reply in checked:
                 yield reply
@@ -140,7 +131,7 @@ class OpenAITeacher:
 
         A sample's `text` is the server's: decoded as the prompt's continuation, it may lack a character cut at an end.
         """
-        replies = self._stream(request, _check_generate_item, self._generate, timeout_s)
+        replies = self._stream(request, check_generate_item, self._generate, timeout_s)
         async with (
             aclosing(replies),
             aclosing(verify.each_once(replies, request.items, verify.check_generation)) as checked,
@@ -176,28 +167,29 @@ class OpenAITeacher:
         self,
         request: ScoreRequest | GenerateRequest,
         check: Callable[[Any, TeacherInfo], None],
-        do: Callable[[Any, TeacherInfo], Awaitable[_Result]],
+        do: Callable[[Any, list[int], TeacherInfo], Awaitable[_Result]],
         timeout_s: float | None,
     ) -> AsyncGenerator[tuple[int, _Result | TeacherError], None]:
-        info = await self.info()
-        _check_request(request, info)
-        for i, item in enumerate(request.items):
-            try:
-                check(item, info)
-            except TeacherError as error:
-                raise type(error)(error.message, field=f"items[{i}].{error.field}") from None
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout_s is None else loop.time() + timeout_s
+        late = f"{self.url} did not answer within {timeout_s} s"
+        try:
+            async with asyncio.timeout_at(deadline):
+                info = await self.info()
+                check_request(request, info)
+                contexts = [await self._checked(i, item, info, check) for i, item in enumerate(request.items)]
+        except TimeoutError:
+            raise DeadlineExceeded(late) from None
         outcomes: asyncio.Queue[tuple[int, _Result | TeacherError]] = asyncio.Queue()
 
         async def one(index: int, item: Any) -> None:
             try:
-                async with asyncio.timeout(timeout_s):
-                    outcome: _Result | TeacherError = await do(item, info)
+                async with asyncio.timeout_at(deadline):
+                    outcome: _Result | TeacherError = await do(item, contexts[index], info)
             except TimeoutError:
-                outcome = DeadlineExceeded(f"{self.url} did not answer within {timeout_s:g} s", field=f"items[{index}]")
+                outcome = DeadlineExceeded(late, field=f"items[{index}]")
             except TeacherError as error:
-                outcome = type(error)(
-                    error.message, field=f"items[{index}].{error.field}".rstrip("."), retry_after_s=error.retry_after_s
-                )
+                outcome = _of_item(index, error)
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 outcome = EngineFailed(f"{self.url} sent a reply that cannot be read: {error!r}")
             outcomes.put_nowait((index, outcome))
@@ -212,9 +204,18 @@ class OpenAITeacher:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _score(self, item: ScoreItem, info: TeacherInfo) -> ScoreResult:
+    async def _checked(
+        self, index: int, item: ScoreItem | GenerateItem, info: TeacherInfo, check: Callable[[Any, TeacherInfo], None]
+    ) -> list[int]:
+        """The item's context, or the first thing that is wrong with the item."""
+        try:
+            check(item, info)
+            return await self._context_ids(item, info)
+        except TeacherError as error:
+            raise _of_item(index, error) from None
+
+    async def _score(self, item: ScoreItem, context_ids: list[int], info: TeacherInfo) -> ScoreResult:
         started = time.monotonic()
-        context_ids = await self._context_ids(item, info, len(item.completion_ids))
         rows: list[Any] = []
         if len(item.completion_ids):
             body = {
@@ -241,9 +242,8 @@ class OpenAITeacher:
             completion_crc32=crc32_of(item.completion_ids),
         )
 
-    async def _generate(self, item: GenerateItem, info: TeacherInfo) -> GenerateResult:
+    async def _generate(self, item: GenerateItem, context_ids: list[int], info: TeacherInfo) -> GenerateResult:
         started = time.monotonic()
-        context_ids = await self._context_ids(item, info, item.max_new_tokens)
         num_different = 1 if item.temperature == 0 else item.num_samples  # vLLM refuses more than one greedy sample
         body = NEUTRAL | {
             "model": item.teacher or info.teachers[0],
@@ -258,7 +258,7 @@ class OpenAITeacher:
             "return_token_ids": True,
         }
         answer = await self._ask("POST", "/v1/completions", body)
-        samples = tuple(_sample(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"]))
+        samples = tuple(read_sample(choice) for choice in sorted(answer["choices"], key=lambda choice: choice["index"]))
         return GenerateResult(
             samples=samples * (item.num_samples // num_different),
             weights_version=info.weights_version,
@@ -268,7 +268,7 @@ class OpenAITeacher:
             engine_s=time.monotonic() - started,
         )
 
-    async def _context_ids(self, item: ScoreItem | GenerateItem, info: TeacherInfo, num_new_tokens: int) -> list[int]:
+    async def _context_ids(self, item: ScoreItem | GenerateItem, info: TeacherInfo) -> list[int]:
         """Privileged ids, the prompt's and those already written; ContextTooLong where the rest does not fit."""
         privileged = item.privileged.ids.tolist() if isinstance(item.privileged, PrivilegedIds) else []
         prefix = item.prefix_ids.tolist() if isinstance(item, GenerateItem) else []
@@ -284,6 +284,7 @@ class OpenAITeacher:
         context_ids = [*privileged, *prompt, *prefix]
         if not context_ids:
             raise InvalidRequest("the context is empty; send at least one prompt token", field="prompt")
+        num_new_tokens = item.max_new_tokens if isinstance(item, GenerateItem) else len(item.completion_ids)
         num_tokens = len(context_ids) + num_new_tokens
         if num_tokens > info.max_context_tokens:
             raise ContextTooLong(
@@ -320,96 +321,7 @@ class OpenAITeacher:
             raise EngineFailed(f"{self.url} sent a reply that is not JSON: {error}") from error
 
 
-def read_rows(rows: Sequence[Any], completion_ids: Int32, top_k: int) -> tuple[Float32, Int32, Float32]:
-    """Sampled log-probs [T], top-K ids and log-probs [T, K] of vLLM's `prompt_logprobs` for the completion's positions.
-
-    A row holds the K most likely ids, ranks 1 to K, and the completion's own id, whose rank is above K unless it is one
-    of them.
-
-    Raises:
-        ValueError: a row is missing, or lacks its own id or one of the ranks.
-    """
-    num_tokens = len(completion_ids)
-    if len(rows) != num_tokens:
-        raise ValueError(f"{len(rows)} rows for {num_tokens} completion tokens")
-    sampled_logprobs = np.empty(num_tokens, np.float32)
-    top_ids = np.full((num_tokens, top_k), PAD_ID, np.int32)
-    top_logprobs = np.empty((num_tokens, top_k), np.float32)
-    for t, (row, own_id) in enumerate(zip(rows, completion_ids.tolist(), strict=True)):
-        if str(own_id) not in row:
-            raise ValueError(f"row {t} has no log-prob of the completion's own id {own_id}")
-        sampled_logprobs[t] = row[str(own_id)]["logprob"]
-        for token_id, entry in row.items():
-            if entry["rank"] <= top_k:
-                top_ids[t, entry["rank"] - 1] = int(token_id)
-                top_logprobs[t, entry["rank"] - 1] = entry["logprob"]
-    if (top_ids == PAD_ID).any():
-        raise ValueError(f"a row has fewer than the {top_k} most likely ids")
-    for logprobs in (sampled_logprobs, top_logprobs):
-        logprobs[logprobs <= MINUS_INFINITY] = -np.inf
-    return sampled_logprobs, top_ids, top_logprobs
-
-
-def _sample(choice: dict[str, Any]) -> Sample:
-    if choice["finish_reason"] not in ("stop", "length"):
-        raise ValueError(f"the server ended a sample with {choice['finish_reason']!r}")
-    logprobs = np.array(choice["logprobs"]["token_logprobs"], np.float32)
-    return Sample(np.array(choice["token_ids"], np.int32), logprobs, choice["finish_reason"], choice["text"])
-
-
-def _check_request(request: ScoreRequest | GenerateRequest, info: TeacherInfo) -> None:
-    if not 0 < len(request.items) <= info.max_items:
-        raise InvalidRequest(
-            f"the request has {len(request.items)} items; send from 1 to {info.max_items}", field="items"
-        )
-    if request.min_weights_version > info.weights_version:
-        raise Conflict(
-            f"a stock server's weights have no version; version {request.min_weights_version} was asked for",
-            field="min_weights_version",
-        )
-
-
-def _check_score_item(item: ScoreItem, info: TeacherInfo) -> None:
-    _check_source(item, info)
-    if item.temperature != 1.0:
-        raise InvalidRequest(
-            f"temperature is {item.temperature}; a stock server's prompt_logprobs ignore it and are those at 1.0; "
-            f"{_ADVICE}",
-            field="temperature",
-        )
-    if item.candidate_ids is not None:
-        raise InvalidRequest(
-            f"a stock server cannot score ids of the caller's choice; {_ADVICE}", field="candidate_ids"
-        )
-    if item.entropy:
-        raise InvalidRequest(f"a stock server gives no entropy; {_ADVICE}", field="entropy")
-    if not 0 <= item.top_k <= info.max_top_k:
-        raise InvalidRequest(
-            f"top_k is {item.top_k}; this server gives from 0 to {info.max_top_k} (its --max-logprobs)", field="top_k"
-        )
-
-
-def _check_generate_item(item: GenerateItem, info: TeacherInfo) -> None:
-    _check_source(item, info)
-    if item.max_new_tokens < 1 or item.num_samples < 1:
-        raise InvalidRequest(
-            f"max_new_tokens is {item.max_new_tokens} and num_samples {item.num_samples}; both must be at least 1",
-            field="max_new_tokens",
-        )
-    if item.temperature not in (0.0, 1.0) or item.top_p != 1.0 or item.top_k != 0:
-        raise InvalidRequest(
-            f"temperature is {item.temperature}, top_p {item.top_p}, top_k {item.top_k}; the log-probs of a stock "
-            f"server's samples are exact at temperature 0 or 1 with top_p 1 and top_k 0 only; {_ADVICE}",
-            field="temperature",
-        )
-
-
-def _check_source(item: ScoreItem | GenerateItem, info: TeacherInfo) -> None:
-    if item.teacher and item.teacher not in info.teachers:
-        raise UnknownTeacher(
-            f"no teacher {item.teacher[:80]!r} here; served: {', '.join(info.teachers)}", field="teacher"
-        )
-    if item.privileged is not None and not isinstance(item.privileged, PrivilegedIds):
-        raise InvalidRequest(
-            f"a stock server cannot place privileged text, only privileged ids; {_ADVICE}", field="privileged"
-        )
+def _of_item(index: int, error: TeacherError) -> TeacherError:
+    """The same error, its field seen from the request."""
+    field = f"items[{index}].{error.field}".rstrip(".")
+    return type(error)(error.message, field=field, retry_after_s=error.retry_after_s)

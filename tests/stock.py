@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from protos._openai import read_rows
+from protos._openai_rows import read_rows
 from protos.records import Float32, Int32, ScoreItem
 
 START_TIMEOUT_S = 240.0

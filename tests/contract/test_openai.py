@@ -316,6 +316,7 @@ REFUSED: dict[str, tuple[ScoreItem, type[TeacherError], str, str]] = {
         "ids of the caller's choice",
     ),
     "entropy": (replace(ITEM, entropy=True), InvalidRequest, "entropy", "no entropy"),
+    "half precision": (replace(ITEM, half_precision=True), InvalidRequest, "half_precision", "JSON"),
     "privileged text": (replace(ITEM, privileged=SystemText("4")), InvalidRequest, "privileged", "only privileged ids"),
     "top_k": (replace(ITEM, top_k=1025), InvalidRequest, "top_k", "from 0 to 1024"),
     "teacher": (replace(ITEM, teacher="nobody"), UnknownTeacher, "teacher", "served: base, same"),
@@ -332,8 +333,8 @@ def test_what_is_not_exact_there_is_refused_before_it_is_sent(
     run(stock.info())
     recorder.paths.clear()
     with pytest.raises(error, match=words) as caught:
-        run(stock.score([item]))
-    assert caught.value.field == f"items[0].{field}".rstrip(".")
+        run(stock.score([ITEM, item]))
+    assert caught.value.field == f"items[1].{field}".rstrip(".")
     assert recorder.paths == []
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protos._openai import read_rows
+from protos._openai_rows import read_rows
 
 
 def row(*entries: tuple[int, int, float]) -> dict[str, Any]:
