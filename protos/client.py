@@ -16,7 +16,7 @@ from typing import Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
 from protos import codec, verify
-from protos.errors import DeadlineExceeded, EngineFailed, InvalidRequest
+from protos.errors import Corrupted, DeadlineExceeded, InvalidRequest
 from protos.records import (
     GenerateItem,
     GenerateRequest,
@@ -110,7 +110,7 @@ class RemoteTeacher:
         async with aclosing(self._replies(GET_INFO, b"", codec.decode_info, None)) as replies:
             async for info in replies:
                 return info
-        raise EngineFailed(f"{self.url} sent no reply to GetInfo")
+        raise Corrupted(f"{self.url} sent no reply to GetInfo")
 
     async def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
         """See TeacherService; every result is checked against its item (protos.verify)."""
@@ -167,7 +167,7 @@ class RemoteTeacher:
                 try:
                     reply = decode(message)
                 except InvalidRequest as error:
-                    raise EngineFailed(f"{self.url} sent a reply that cannot be read: {error}") from error
+                    raise Corrupted(f"{self.url} sent a reply that cannot be read: {error}") from error
                 yield reply
 
 
