@@ -31,6 +31,7 @@ from protos.wire import GENERATE, GET_INFO, MAX_MESSAGE_BYTES, SCORE, Operation,
 
 SCHEMES = ("grpc", "grpcs", "http", "https")
 URL_FORMS = "grpc://host:port, grpcs://host:port, http://host:port or https://host:port"
+POOL_FORMS = "several of those with commas between them, or dns+grpc://name:port or dns+http://name:port"
 
 _T = TypeVar("_T")
 
@@ -65,15 +66,17 @@ class Teacher(TeacherService, Protocol):
 
 
 def connect(url: str) -> Teacher:
-    """The teacher at `url`; nothing is sent before the first call.
+    """The teacher at `url`, or the pool of replicas that it names; nothing is sent before the first call.
 
     Raises:
-        InvalidRequest: the URL is not one of `URL_FORMS`.
+        InvalidRequest: the URL is not one of `URL_FORMS` or `POOL_FORMS`.
     """
-    if "," in url or url.startswith("openai+"):
-        raise InvalidRequest(
-            f"{url!r}: pools and OpenAI-compatible servers are not supported yet; give one {URL_FORMS}"
-        )
+    if "," in url or url.startswith("dns+"):
+        from protos.pool import TeacherPool
+
+        return TeacherPool(url, connect)
+    if url.startswith("openai+"):
+        raise InvalidRequest(f"{url!r}: OpenAI-compatible servers are not supported yet; give one {URL_FORMS}")
     try:
         parts = urlsplit(url)
         well_formed = parts.scheme in SCHEMES and parts.hostname and parts.port and "@" not in parts.netloc

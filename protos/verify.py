@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
-from protos.errors import Corrupted, TeacherError
+from protos.errors import Corrupted, InvalidRequest, TeacherError
 from protos.records import GenerateItem, GenerateResult, ScoreItem, ScoreResult, crc32_of
 
 _Item = TypeVar("_Item")
@@ -42,6 +42,14 @@ def check_generation(item: GenerateItem, result: GenerateResult) -> None:
             )
 
 
+def check_num_items(num_items: int, max_items: int) -> None:
+    """Raises InvalidRequest on a request of no or too many items."""
+    if num_items == 0:
+        raise InvalidRequest("the request has no items; send at least one", field="items")
+    if num_items > max_items:
+        raise InvalidRequest(f"the request has {num_items} items; send at most {max_items}", field="items")
+
+
 async def each_once(
     replies: AsyncIterator[tuple[int, _Result | TeacherError]],
     items: Sequence[_Item],
@@ -63,6 +71,28 @@ async def each_once(
         yield index, outcome
     if missing:
         raise Corrupted(f"no reply to items {sorted(missing)} of the {len(items)} sent")
+
+
+async def errors_held(
+    replies: AsyncGenerator[tuple[int, _Result | TeacherError], None],
+) -> AsyncGenerator[tuple[int, _Result | TeacherError], None]:
+    """The outcomes as they come, errors held back until something succeeds; raises the first item's when nothing does.
+
+    So a request in which nothing succeeds gets the transport's own status, and nothing else is ever delayed.
+    """
+    held: list[tuple[int, TeacherError]] | None = []
+    async with aclosing(replies):
+        async for index, outcome in replies:
+            if held is not None and isinstance(outcome, TeacherError):
+                held.append((index, outcome))
+                continue
+            yield index, outcome
+            if held is not None:
+                for reply in held:
+                    yield reply
+                held = None
+    if held:
+        raise min(held, key=lambda reply: reply[0])[1]
 
 
 async def in_order(replies: AsyncGenerator[tuple[int, _Result | TeacherError], None], num_items: int) -> list[_Result]:

@@ -14,6 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import structlog
 
+from protos import verify
 from protos.errors import DeadlineExceeded, EngineFailed, InvalidRequest, TeacherError
 from protos.records import (
     Float32,
@@ -152,7 +153,7 @@ class TeacherCore:
                 asyncio.create_task(self._do(i, job, ticket, outcomes, deadline))
                 for i, (job, ticket) in enumerate(zip(jobs, tickets, strict=True))
             ]
-            async with aclosing(_errors_held(outcomes, len(jobs))) as replies:
+            async with aclosing(verify.errors_held(_first(outcomes, len(jobs)))) as replies:
                 async for index, outcome in replies:
                     tally.add(outcome)
                     yield index, outcome
@@ -288,26 +289,11 @@ class TeacherCore:
         )
 
 
-async def _errors_held(
+async def _first(
     outcomes: asyncio.Queue[tuple[int, _Result | TeacherError]], num_items: int
 ) -> AsyncGenerator[tuple[int, _Result | TeacherError], None]:
-    """The outcomes as they come, errors held back until something succeeds; raises the first item's when nothing does.
-
-    So a request in which nothing succeeds gets the transport's own status, and nothing else is ever delayed.
-    """
-    held: list[tuple[int, TeacherError]] | None = []
     for _ in range(num_items):
-        index, outcome = await outcomes.get()
-        if held is not None and isinstance(outcome, TeacherError):
-            held.append((index, outcome))
-            continue
-        yield index, outcome
-        if held is not None:
-            for reply in held:
-                yield reply
-            held = None
-    if held:
-        raise min(held, key=lambda reply: reply[0])[1]
+        yield await outcomes.get()
 
 
 def _as_sent(logprobs: Float32, item: ScoreItem) -> Float32:
