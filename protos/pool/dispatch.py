@@ -41,6 +41,11 @@ class Tally:
     num_hedges: int = 0
     num_denied: int = 0
     num_failed_items: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+
+    def add_error(self, error: TeacherError) -> None:
+        """Counts what a part broke off with."""
+        self.errors[error.name] = self.errors.get(error.name, 0) + 1
 
 
 @dataclass
@@ -186,11 +191,12 @@ class Dispatch(Generic[_Request, _Result]):
                         break  # the rest was answered elsewhere
             if num_replies:
                 replica.succeeded()
-        except (NotReady, Corrupted, EngineFailed) as error:
-            replica.failed(error)
-            self._take_failure(part, indices, error)
         except TeacherError as error:
-            if not error.row.retryable:
+            self._tally.add_error(error)
+            is_replica_s_fault = isinstance(error, (NotReady, Corrupted, EngineFailed))
+            if is_replica_s_fault:
+                replica.failed(error)
+            if not is_replica_s_fault and not error.row.retryable:
                 raise _in_request(error, indices) from error
             self._take_failure(part, indices, error)
 

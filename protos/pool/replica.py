@@ -99,7 +99,7 @@ class Replica:
 
     @asynccontextmanager
     async def watched(self) -> AsyncGenerator[Callable[[], None], None]:
-        """Around one stream of replies: call what it yields at each; NotReady when the stream or the replica is silent."""
+        """Around one stream of replies: call what it yields at each; NotReady when stream or replica is silent."""
         stall_after_s = self._options.stall_after_s
         try:
             async with asyncio.timeout(stall_after_s) as watchdog:

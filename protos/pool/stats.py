@@ -40,6 +40,7 @@ class PoolStats:
         num_retries, num_hedges: parts sent again after a failure, and sent to a second replica before one.
         num_denied: retries and hedges that the budget did not allow.
         num_failed_items: items that got an error in the end.
+        errors: by name, what parts broke off or were refused with, whether a retry helped or not.
         replicas: those of now.
     """
 
@@ -49,4 +50,5 @@ class PoolStats:
     num_hedges: int
     num_denied: int
     num_failed_items: int
+    errors: dict[str, int]
     replicas: tuple[ReplicaStats, ...]
