@@ -86,6 +86,7 @@ class Members:
             infos = {replica: reply for replica, reply in replies.items() if isinstance(reply, TeacherInfo)}
             if not infos:
                 raise _none_answers(self._url, [reply for reply in replies.values() if isinstance(reply, TeacherError)])
+            self._check_open()
             self._agree(infos)
             self._info = agreement.merged(list(infos.values()))
             self._keep_asking()
