@@ -8,14 +8,17 @@ import grpc
 import grpc.aio
 
 from protos import codec
-from protos.errors import ERRORS, EngineFailed, InvalidRequest, NotReady, TeacherError
-from protos.wire import ERROR_METADATA_KEY, GRPC_LIMITS, GRPC_SERVICE, Operation
+from protos.errors import ERRORS, Corrupted, EngineFailed, InvalidRequest, NotReady, TeacherError
+from protos.wire import BODY_CRC_HEADER, ERROR_METADATA_KEY, GRPC_LIMITS, GRPC_SERVICE, Operation, body_crc
 
 _CHANNEL_OPTIONS = (
     *GRPC_LIMITS,
     # By default a channel waits up to two minutes before it looks again for a server that restarts.
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
+
+_BROKEN_CODES = ("INTERNAL", "UNKNOWN", "DATA_LOSS")
+"""What gRPC itself says of bytes that are no HTTP/2 or no message; a server of ours sends its error beside the code."""
 
 _ERROR_OF_CODE: dict[str, type[TeacherError]] = {error.row.grpc_code: error for error in ERRORS.values()}
 
@@ -34,7 +37,9 @@ class GrpcTransport:
     ) -> AsyncGenerator[bytes, None]:
         """See protos.wire.Transport."""
         path = f"/{GRPC_SERVICE}/{operation.grpc_method}"
-        call = self._open().unary_stream(path)(request, timeout=timeout_s)
+        call = self._open().unary_stream(path)(
+            request, timeout=timeout_s, metadata=((BODY_CRC_HEADER, body_crc(request)),)
+        )
         try:
             async for reply in call:
                 yield reply
@@ -62,10 +67,12 @@ class GrpcTransport:
         """The server's own error, or what gRPC's status says where the server had no say."""
         for key, value in error.trailing_metadata() or ():
             if key == ERROR_METADATA_KEY and isinstance(value, bytes):
-                return codec.decode_error(value)
+                return codec.decode_error_reply(value, self.url)
         code, details = error.code().name, error.details() or ""
         if code == "UNAVAILABLE":
             return NotReady(f"{self.url} cannot be reached or broke off: {details}")
         if code == "RESOURCE_EXHAUSTED" and "larger than max" in details:
             return InvalidRequest(f"{self.url}: {details}")
+        if code in _BROKEN_CODES:
+            return Corrupted(f"{self.url} sent a broken stream: {code}: {details}")
         return _ERROR_OF_CODE.get(code, EngineFailed)(f"{self.url} answered {code}: {details}")

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Mapping
 import httpx
 
 from protos import codec
-from protos.errors import ERRORS, EngineFailed, InvalidRequest, NotReady, TeacherError
-from protos.wire import PROTOBUF_TYPE, TIMEOUT_HEADER, FrameReader, Operation
+from protos.errors import ERRORS, Corrupted, EngineFailed, InvalidRequest, NotReady, TeacherError
+from protos.wire import BODY_CRC_HEADER, PROTOBUF_TYPE, TIMEOUT_HEADER, FrameReader, Operation, body_crc
 
 CONNECT_TIMEOUT_S = 10.0
 """A server that takes no connection by then cannot be reached; the caller's deadline covers all else."""
@@ -33,7 +33,7 @@ class HttpTransport:
         self, operation: Operation, request: bytes, *, timeout_s: float | None
     ) -> AsyncGenerator[bytes, None]:
         """See protos.wire.Transport."""
-        headers = {"content-type": PROTOBUF_TYPE, "accept": PROTOBUF_TYPE}
+        headers = {"content-type": PROTOBUF_TYPE, "accept": PROTOBUF_TYPE, BODY_CRC_HEADER: body_crc(request)}
         if timeout_s is not None:
             headers[TIMEOUT_HEADER] = repr(timeout_s)
         reader = FrameReader()
@@ -47,11 +47,11 @@ class HttpTransport:
                     for message in reader.feed(chunk):
                         yield message
             reader.finish()
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             reason = str(error) or type(error).__name__
             raise NotReady(f"{self.url} cannot be reached or broke off: {reason}") from error
         except ValueError as error:
-            raise EngineFailed(f"{self.url} sent a broken stream: {error}") from error
+            raise Corrupted(f"{self.url} sent a broken stream: {error}") from error
 
     async def aclose(self) -> None:
         """Closes the connections."""
@@ -61,7 +61,7 @@ class HttpTransport:
         """The server's own error, or what the status says where something else answered."""
         body = await response.aread()
         if response.headers.get("content-type") == PROTOBUF_TYPE:
-            return codec.decode_error(body)
+            return codec.decode_error_reply(body, self.url)
         return error_of_status(self.url, response.status_code, body.decode(errors="replace"), response.headers)
 
 

@@ -196,7 +196,7 @@ class OpenAITeacher:
 
         tasks = [asyncio.create_task(one(i, item)) for i, item in enumerate(request.items)]
         try:
-            async with aclosing(verify.errors_held(outcomes, len(tasks))) as replies:
+            async with aclosing(verify.errors_held(verify.first(outcomes, len(tasks)))) as replies:
                 async for reply in replies:
                     yield reply
         finally:

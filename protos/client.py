@@ -17,7 +17,7 @@ from typing import Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
 from protos import codec, verify
-from protos.errors import DeadlineExceeded, EngineFailed, InvalidRequest
+from protos.errors import Corrupted, DeadlineExceeded, InvalidRequest
 from protos.records import (
     GenerateItem,
     GenerateRequest,
@@ -36,6 +36,7 @@ URL_FORMS = (
     "grpc://host:port, grpcs://host:port, http://host:port, https://host:port, "
     "openai+http://host:port or openai+https://host:port"
 )
+POOL_FORMS = "several of those with commas between them, or dns+grpc://name:port or dns+http://name:port"
 
 TOKEN_VARIABLE = "TEACHER_TOKEN"
 """The environment variable with the bearer token. Never OPENAI_API_KEY: it belongs to another service, and would go to
@@ -74,13 +75,15 @@ class Teacher(TeacherService, Protocol):
 
 
 def connect(url: str) -> Teacher:
-    """The teacher at `url`; nothing is sent before the first call.
+    """The teacher at `url`, or the pool of replicas that it names; nothing is sent before the first call.
 
     Raises:
-        InvalidRequest: the URL is not one of `URL_FORMS`.
+        InvalidRequest: the URL is not one of `URL_FORMS` or `POOL_FORMS`.
     """
-    if "," in url:
-        raise InvalidRequest(f"{url!r}: pools are not supported yet; give one {URL_FORMS}")
+    if "," in url or url.startswith("dns+"):
+        from protos.pool import TeacherPool
+
+        return TeacherPool(url, connect)
     try:
         parts = urlsplit(url)
         well_formed = parts.scheme in SCHEMES and parts.hostname and parts.port and "@" not in parts.netloc
@@ -121,7 +124,7 @@ class RemoteTeacher:
         async with aclosing(self._replies(GET_INFO, b"", codec.decode_info, None)) as replies:
             async for info in replies:
                 return info
-        raise EngineFailed(f"{self.url} sent no reply to GetInfo")
+        raise Corrupted(f"{self.url} sent no reply to GetInfo")
 
     async def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
         """See TeacherService; every result is checked against its item (protos.verify)."""
@@ -178,7 +181,7 @@ class RemoteTeacher:
                 try:
                     reply = decode(message)
                 except InvalidRequest as error:
-                    raise EngineFailed(f"{self.url} sent a reply that cannot be read: {error}") from error
+                    raise Corrupted(f"{self.url} sent a reply that cannot be read: {error}") from error
                 yield reply
 
 

@@ -7,6 +7,8 @@ is not exactly one record; decoded arrays are read-only views of the message whe
 from __future__ import annotations
 
 import math
+import struct
+import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -14,7 +16,7 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 
 from protos import records
-from protos.errors import InvalidRequest, TeacherError, error_from_name
+from protos.errors import Corrupted, InvalidRequest, TeacherError, error_from_name
 from protos.records import Float32, Int32
 from protos.teacher.v1 import teacher_pb2 as pb
 
@@ -60,7 +62,7 @@ def encode_score_reply(index: int, outcome: records.ScoreResult | TeacherError) 
     """One item's outcome as a serialised ScoreResponse."""
     if isinstance(outcome, TeacherError):
         return pb.ScoreResponse(index=index, error=_error_message(outcome)).SerializeToString()
-    return pb.ScoreResponse(index=index, result=_score_result_message(outcome)).SerializeToString()
+    return pb.ScoreResponse(index=index, result=_score_result_message(index, outcome)).SerializeToString()
 
 
 def decode_score_reply(data: bytes) -> tuple[int, records.ScoreResult | TeacherError]:
@@ -73,7 +75,7 @@ def encode_generate_reply(index: int, outcome: records.GenerateResult | TeacherE
     """One item's outcome as a serialised GenerateResponse."""
     if isinstance(outcome, TeacherError):
         return pb.GenerateResponse(index=index, error=_error_message(outcome)).SerializeToString()
-    return pb.GenerateResponse(index=index, result=_generate_result_message(outcome)).SerializeToString()
+    return pb.GenerateResponse(index=index, result=_generate_result_message(index, outcome)).SerializeToString()
 
 
 def decode_generate_reply(data: bytes) -> tuple[int, records.GenerateResult | TeacherError]:
@@ -107,6 +109,14 @@ def encode_error(error: TeacherError) -> bytes:
 def decode_error(data: bytes) -> TeacherError:
     """The error in a serialised Error, ready to be raised."""
     return _error(_parse(pb.Error, data))
+
+
+def decode_error_reply(data: bytes, url: str) -> TeacherError:
+    """The error that the server at `url` answered with; Corrupted where its bytes are none."""
+    try:
+        return decode_error(data)
+    except InvalidRequest as error:
+        return Corrupted(f"{url} sent an error that cannot be read: {error}")
 
 
 def check_candidates(candidate_ids: Int32, num_tokens: int, field: str) -> None:
@@ -299,9 +309,9 @@ def _generate_item(item: pb.GenerateItem, where: str) -> records.GenerateItem:
     )
 
 
-def _score_result_message(result: records.ScoreResult) -> pb.ScoreResult:
+def _score_result_message(index: int, result: records.ScoreResult) -> pb.ScoreResult:
     wide = _HALF if result.half_precision else _FLOAT
-    return pb.ScoreResult(
+    message = pb.ScoreResult(
         num_tokens=result.num_tokens,
         sampled_logprobs=_float_bytes(result.sampled_logprobs),
         top_k=result.top_ids.shape[1],
@@ -318,9 +328,12 @@ def _score_result_message(result: records.ScoreResult) -> pb.ScoreResult:
         completion_crc32=result.completion_crc32,
         half_precision=result.half_precision,
     )
+    message.result_crc32 = _score_crc32(index, message)
+    return message
 
 
-def _score_result(message: pb.ScoreResult) -> records.ScoreResult:
+def _score_result(index: int, message: pb.ScoreResult) -> records.ScoreResult:
+    _check_crc32(message.result_crc32, _score_crc32(index, message))
     shape_T = (message.num_tokens,)
     shape_TK = (message.num_tokens, message.top_k)
     shape_TM = (message.num_tokens, message.num_candidates)
@@ -343,7 +356,7 @@ def _score_result(message: pb.ScoreResult) -> records.ScoreResult:
     )
 
 
-def _generate_result_message(result: records.GenerateResult) -> pb.GenerateResult:
+def _generate_result_message(index: int, result: records.GenerateResult) -> pb.GenerateResult:
     samples = [
         pb.Sample(
             token_ids=_ids_bytes(sample.token_ids, f"result.samples[{i}].token_ids"),
@@ -354,10 +367,13 @@ def _generate_result_message(result: records.GenerateResult) -> pb.GenerateResul
         for i, sample in enumerate(result.samples)
     ]
     fields: dict[str, Any] = dict(vars(result), samples=samples)
-    return pb.GenerateResult(**fields)
+    message = pb.GenerateResult(**fields)
+    message.result_crc32 = _generate_crc32(index, message)
+    return message
 
 
-def _generate_result(message: pb.GenerateResult) -> records.GenerateResult:
+def _generate_result(index: int, message: pb.GenerateResult) -> records.GenerateResult:
+    _check_crc32(message.result_crc32, _generate_crc32(index, message))
     samples = tuple(_sample(sample, f"result.samples[{i}]") for i, sample in enumerate(message.samples))
     return records.GenerateResult(
         samples=samples,
@@ -380,15 +396,59 @@ def _sample(message: pb.Sample, where: str) -> records.Sample:
 
 
 def _outcome(
-    message: pb.ScoreResponse | pb.GenerateResponse, to_record: Callable[..., _Result]
+    message: pb.ScoreResponse | pb.GenerateResponse, to_record: Callable[[int, Any], _Result]
 ) -> _Result | TeacherError:
     match message.WhichOneof("outcome"):
         case "result":
-            return to_record(message.result)
+            return to_record(message.index, message.result)
         case "error":
             return _error(message.error)
         case _:
             raise InvalidRequest("the reply holds neither a result nor an error", field="outcome")
+
+
+def _score_crc32(index: int, message: pb.ScoreResult) -> int:
+    """See ScoreResult.result_crc32 in teacher.proto."""
+    numbers = struct.pack(
+        "<8q2d",
+        index,
+        message.num_tokens,
+        message.top_k,
+        message.num_candidates,
+        message.weights_version,
+        message.num_context_tokens,
+        message.num_cached_tokens,
+        message.half_precision,
+        message.queue_s,
+        message.engine_s,
+    )
+    crc = zlib.crc32(numbers)
+    for array in (message.sampled_logprobs, message.top_ids, message.top_logprobs, message.candidate_logprobs):
+        crc = zlib.crc32(array, crc)
+    return zlib.crc32(message.entropy, crc)
+
+
+def _generate_crc32(index: int, message: pb.GenerateResult) -> int:
+    """See GenerateResult.result_crc32 in teacher.proto."""
+    numbers = struct.pack(
+        "<4q2d",
+        index,
+        message.weights_version,
+        message.num_context_tokens,
+        message.num_cached_tokens,
+        message.queue_s,
+        message.engine_s,
+    )
+    crc = zlib.crc32(numbers)
+    for sample in message.samples:
+        for part in (sample.token_ids, sample.logprobs, sample.finish_reason.encode(), sample.text.encode()):
+            crc = zlib.crc32(part, crc)
+    return crc
+
+
+def _check_crc32(sent: int, received: int) -> None:
+    if sent != received:
+        raise InvalidRequest(f"the result was damaged on its way: CRC-32 {received}, sent as {sent}", field="result")
 
 
 def _error_message(error: TeacherError) -> pb.Error:

@@ -10,7 +10,8 @@ TeacherError
 ├── Overloaded          the queue is full; retry after `retry_after_s` seconds
 ├── NotReady            starting, draining or unreachable; retry
 ├── DeadlineExceeded    the caller's deadline passed; retry with a longer one
-└── EngineFailed        the engine failed on a valid request
+├── EngineFailed        the engine failed on a valid request
+└── Corrupted           a request or a reply was damaged on its way; retry
 """
 
 from __future__ import annotations
@@ -114,6 +115,12 @@ class EngineFailed(TeacherError):
     row = Row(500, "INTERNAL", retryable=False)
 
 
+class Corrupted(TeacherError):
+    """A request or a reply was damaged on its way; nothing of it is used."""
+
+    row = Row(400, "DATA_LOSS", retryable=True)
+
+
 ERRORS: dict[str, type[TeacherError]] = {
     error.__name__: error
     for error in (
@@ -127,6 +134,7 @@ ERRORS: dict[str, type[TeacherError]] = {
         NotReady,
         DeadlineExceeded,
         EngineFailed,
+        Corrupted,
     )
 }
 """The table, by name on the wire."""

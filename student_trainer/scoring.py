@@ -69,8 +69,11 @@ class Scorer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-client", daemon=True)
         self._thread.start()
-        self._teacher: Teacher = self._wait(_connected(url))
-        self.info: TeacherInfo = self._wait(self._teacher.info())
+        try:
+            self._teacher, self.info = self._wait(_connected(url))
+        except BaseException:
+            self._stop()
+            raise
 
     def handshake(
         self,
@@ -125,16 +128,21 @@ class Scorer:
 
     def close(self) -> None:
         """Closes the connection and its thread."""
-        self._wait(self._teacher.aclose())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        try:
+            self._wait(self._teacher.aclose())
+        finally:
+            self._stop()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     async def _score(self, requests: Sequence[Sequence[ScoreItem]]) -> list[ScoreResult]:
         replies = await asyncio.gather(*(self._teacher.score(r, timeout_s=self._timeout_s) for r in requests))
@@ -156,6 +164,11 @@ class Scorer:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-async def _connected(url: str) -> Teacher:
-    """`connect` inside the loop that will use it: its sockets belong to that loop."""
-    return connect(url)
+async def _connected(url: str) -> tuple[Teacher, TeacherInfo]:
+    """`connect` inside the loop that will use it, whose sockets belong to it; closed again where nobody answers."""
+    teacher = connect(url)
+    try:
+        return teacher, await teacher.info()
+    except BaseException:
+        await teacher.aclose()
+        raise

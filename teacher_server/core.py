@@ -31,7 +31,7 @@ from protos.records import (
     crc32_of,
 )
 from protos.service import GenerateStream, ScoreStream
-from protos.verify import errors_held
+from protos.verify import errors_held, first
 from teacher_server import validate
 from teacher_server.admission import Admission, Ticket
 from teacher_server.engines.base import Engine, EngineDeadError, GenerateTask, ScoreRows, ScoreTask
@@ -153,7 +153,7 @@ class TeacherCore:
                 asyncio.create_task(self._do(i, job, ticket, outcomes, deadline))
                 for i, (job, ticket) in enumerate(zip(jobs, tickets, strict=True))
             ]
-            async with aclosing(errors_held(outcomes, len(jobs))) as replies:
+            async with aclosing(errors_held(first(outcomes, len(jobs)))) as replies:
                 async for index, outcome in replies:
                     tally.add(outcome)
                     yield index, outcome

@@ -15,7 +15,16 @@ from grpc_reflection.v1alpha import reflection
 from protos import codec
 from protos.errors import EngineFailed, TeacherError
 from protos.service import TeacherService
-from protos.wire import ERROR_METADATA_KEY, GENERATE, GET_INFO, GRPC_LIMITS, GRPC_SERVICE, SCORE
+from protos.wire import (
+    BODY_CRC_HEADER,
+    ERROR_METADATA_KEY,
+    GENERATE,
+    GET_INFO,
+    GRPC_LIMITS,
+    GRPC_SERVICE,
+    SCORE,
+    check_body,
+)
 
 HEALTH_NAMES = ("", GRPC_SERVICE)
 
@@ -69,6 +78,7 @@ class _Methods:
 
     async def score(self, body: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes, None]:
         try:
+            _check(body, context)
             request = codec.decode_score_request(body)
             async with aclosing(self._service.score_stream(request, timeout_s=context.time_remaining())) as replies:
                 async for index, outcome in replies:
@@ -78,12 +88,20 @@ class _Methods:
 
     async def generate(self, body: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes, None]:
         try:
+            _check(body, context)
             request = codec.decode_generate_request(body)
             async with aclosing(self._service.generate_stream(request, timeout_s=context.time_remaining())) as replies:
                 async for index, outcome in replies:
                     yield codec.encode_generate_reply(index, outcome)
         except Exception as error:
             await _abort(context, error)
+
+
+def _check(body: bytes, context: grpc.aio.ServicerContext) -> None:
+    """Raises Corrupted unless the body is the one that was sent."""
+    metadata = dict(context.invocation_metadata() or ())
+    crc = metadata.get(BODY_CRC_HEADER)
+    check_body(body, crc if isinstance(crc, str) else None)
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:

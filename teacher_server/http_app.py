@@ -19,7 +19,18 @@ from starlette.types import Receive, Scope, Send
 from protos import codec, json_models
 from protos.errors import ERRORS, EngineFailed, InvalidRequest, TeacherError
 from protos.records import TeacherInfo
-from protos.wire import GENERATE, GET_INFO, JSON_TYPE, MAX_MESSAGE_BYTES, PROTOBUF_TYPE, SCORE, TIMEOUT_HEADER, frame
+from protos.wire import (
+    BODY_CRC_HEADER,
+    GENERATE,
+    GET_INFO,
+    JSON_TYPE,
+    MAX_MESSAGE_BYTES,
+    PROTOBUF_TYPE,
+    SCORE,
+    TIMEOUT_HEADER,
+    check_body,
+    frame,
+)
 from teacher_server import openai_routes
 from teacher_server.gate import Gate
 
@@ -196,7 +207,9 @@ async def _read(request: Request, form: _Form, max_body_bytes: int) -> Any:
         body += chunk
         if len(body) > max_body_bytes:
             raise _too_large(f"more than {max_body_bytes}", max_body_bytes)
-    return readers[content_type](bytes(body))
+    data = bytes(body)
+    check_body(data, request.headers.get(BODY_CRC_HEADER))
+    return readers[content_type](data)
 
 
 def _too_large(num_bytes: str, max_body_bytes: int) -> InvalidRequest:

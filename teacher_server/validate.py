@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from protos import verify
 from protos.codec import check_candidates
 from protos.errors import Conflict, ContextTooLong, InvalidRequest, UnknownTeacher
 from protos.records import (
@@ -32,11 +33,7 @@ MAX_SAMPLES = 1024
 
 def check_request(request: ScoreRequest | GenerateRequest, info: TeacherInfo) -> None:
     """Raises InvalidRequest on no or too many items, Conflict on weights older than asked for."""
-    num_items = len(request.items)
-    if num_items == 0:
-        raise InvalidRequest("the request has no items; send at least one", field="items")
-    if num_items > info.max_items:
-        raise InvalidRequest(f"the request has {num_items} items; send at most {info.max_items}", field="items")
+    verify.check_num_items(len(request.items), info.max_items)
     if request.min_weights_version > info.weights_version:
         raise Conflict(
             f"the weights have version {info.weights_version}; version {request.min_weights_version} was asked for",

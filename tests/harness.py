@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from protos.client import Teacher, connect
+from protos.pool import PoolOptions, TeacherPool
 from protos.service import TeacherService
 from teacher_server.admission import Admission
 from teacher_server.core import TeacherCore
@@ -54,9 +55,14 @@ class Server:
     listeners: Listeners
 
     def url(self, scheme: str) -> str:
-        return self.listeners.http_url if scheme == "http" else self.listeners.grpc_url
+        """Of one transport, or of a pool whose two replicas are the two transports."""
+        urls = {"http": self.listeners.http_url, "grpc": self.listeners.grpc_url}
+        return ",".join(urls.values()) if scheme == "pool" else urls[scheme]
 
     def connect(self, scheme: str) -> Teacher:
+        if scheme == "pool":
+            # Split from the first token on, so that both replicas answer every request of two items or more.
+            return TeacherPool(self.url(scheme), connect, PoolOptions(min_part_tokens=1))
         return connect(self.url(scheme))
 
 

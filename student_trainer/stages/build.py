@@ -34,19 +34,23 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
     assert config.teacher is not None
     rollout = config.rollout
     objective = Objective(stage.loss, student.vocab_size, rollout.temperature)
+    longest_prompt = max(len(render_prompt(student.tokenizer, problem.messages)) for problem in task.train)
     scorer = Scorer(
         config.teacher.url,
         temperature=rollout.temperature,
         timeout_s=config.teacher.timeout_s,
         privileged=privileged_of(stage.privileged) if stage.privileged else None,
     )
-    longest_prompt = max(len(render_prompt(student.tokenizer, problem.messages)) for problem in task.train)
-    scorer.handshake(
-        student.fingerprint,
-        objective.wanted,
-        longest_prompt + rollout.max_new_tokens,
-        tokenizer=student.tokenizer,
-    )
+    try:
+        scorer.handshake(
+            student.fingerprint,
+            objective.wanted,
+            longest_prompt + rollout.max_new_tokens,
+            tokenizer=student.tokenizer,
+        )
+    except BaseException:
+        scorer.close()
+        raise
     sampling = SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,

@@ -407,8 +407,9 @@ def test_a_continuation_does_not_depend_on_its_company(engine: Engine, run: Run)
     ]
 
     async def in_company() -> list[Continuations]:
-        scores = [engine.score(score_task(70 + i, 100 + 50 * i, 30, top_k=2)) for i in range(6)]
-        *written, _ = await asyncio.gather(*(engine.generate(task) for task in tasks), asyncio.gather(*scores))
+        scores = asyncio.gather(*(engine.score(score_task(70 + i, 100 + 50 * i, 30, top_k=2)) for i in range(6)))
+        written = await asyncio.gather(*(engine.generate(task) for task in tasks))
+        await scores
         return written
 
     def ids(continuations: Continuations) -> list[list[int]]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from protos import codec
-from protos.errors import ERRORS, EngineFailed, TeacherError
+from protos.errors import ERRORS, Corrupted, EngineFailed, TeacherError
 from protos.records import (
     GenerateItem,
     GenerateRequest,
@@ -202,7 +202,7 @@ def test_a_wrong_answer_is_never_handed_on(run: LoopThread, scheme: str, case: s
 
     async def scenario() -> None:
         async with serving(Wrong(replies)) as server, server.connect(scheme) as teacher:
-            with pytest.raises(EngineFailed) as caught:
+            with pytest.raises(Corrupted) as caught:
                 await teacher.score(REQUEST)
             assert words in caught.value.message
 

@@ -14,7 +14,7 @@ from protos import codec
 from protos.errors import InvalidRequest
 from protos.teacher.v1 import teacher_pb2 as pb
 from protos.teacher.v1 import teacher_pb2_grpc
-from protos.wire import ERROR_METADATA_KEY
+from protos.wire import BODY_CRC_HEADER, ERROR_METADATA_KEY, body_crc
 from tests.harness import LoopThread, Server
 
 
@@ -47,6 +47,20 @@ def test_reflection_lists_the_service(run: LoopThread, transformers_server: Serv
             return {service.name for service in answer.list_services_response.service}
 
     assert {"teacher.v1.TeacherService", "grpc.health.v1.Health"} <= run(scenario())
+
+
+@pytest.mark.parametrize("method", ["Score", "Generate"])
+def test_a_request_damaged_on_its_way_is_not_scored(run: LoopThread, transformers_server: Server, method: str) -> None:
+    async def scenario() -> grpc.aio.AioRpcError:
+        async with channel(transformers_server) as opened:
+            call = opened.unary_stream(f"/teacher.v1.TeacherService/{method}")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                _ = [reply async for reply in call(b"damaged", metadata=((BODY_CRC_HEADER, body_crc(b"as sent")),))]
+            return caught.value
+
+    error = run(scenario())
+    assert error.code() is grpc.StatusCode.DATA_LOSS
+    assert "damaged on its way" in (error.details() or "")
 
 
 @pytest.mark.parametrize("method", ["Score", "Generate"])

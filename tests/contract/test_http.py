@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import zlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from protos import codec
 from protos.records import ScoreItem, ScoreRequest
-from protos.wire import PROTOBUF_TYPE
+from protos.wire import BODY_CRC_HEADER, PROTOBUF_TYPE, body_crc
 from teacher_server.gate import Gate
 from teacher_server.http_app import create_app
 from teacher_server.privileged import REFERENCE_TEMPLATES
@@ -128,6 +130,16 @@ def test_a_wrong_body_is_one_clear_error(http: httpx.Client, content_type: str, 
     assert answer.status_code == 422
     assert answer.json()["error"]["name"] == "InvalidRequest"
     assert words in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("operation", ["score", "generate"])
+def test_a_request_damaged_on_its_way_is_not_scored(http: httpx.Client, operation: str) -> None:
+    body = json.dumps({"items": [JSON_ITEM]}).encode()
+    damaged = body.replace(b"0.7", b"0.6")
+    headers = {"content-type": "application/json", BODY_CRC_HEADER: body_crc(body)}
+    answer = http.post(f"/v1/{operation}", content=damaged, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["name"]) == (400, "Corrupted")
+    assert f"sent as {zlib.crc32(body)}" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("value", ["soon", "-1", "0", "nan"])

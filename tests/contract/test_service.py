@@ -1,4 +1,4 @@
-"""One suite over {http, grpc} x {transformers, vllm}: equal arrays, equal errors."""
+"""One suite over {http, grpc, a pool of both} x {transformers, vllm}: equal arrays, equal errors."""
 
 from __future__ import annotations
 
@@ -46,6 +46,12 @@ ENGINE_ATOL = 1e-5
 PROMPT = np.array([72, 105, 33, 10], np.int32)
 COMPLETION = np.array([65, 66, 67, 68, 69], np.int32)
 CHAT = Chat((Message("user", "2+2?"),))
+
+
+@pytest.fixture(params=["http", "grpc", "pool"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    """Each transport in turn, and both as the replicas of a pool."""
+    return request.param
 
 
 def full_item() -> ScoreItem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -238,6 +238,34 @@ def test_a_damaged_request_raises_only_invalid_request(data: st.DataObject, item
     message[place] = data.draw(st.integers(0, 255))
     with contextlib.suppress(InvalidRequest):
         codec.decode_score_request(bytes(message))
+
+
+@given(st.data(), COUNT, score_results() | GENERATE_RESULTS)
+def test_a_damaged_result_is_never_another_result(
+    data: st.DataObject, index: int, result: ScoreResult | GenerateResult
+) -> None:
+    if isinstance(result, ScoreResult):
+        encode, decode = codec.encode_score_reply, codec.decode_score_reply
+    else:
+        encode, decode = codec.encode_generate_reply, codec.decode_generate_reply
+    message = bytearray(encode(index, result))  # pyright: ignore[reportArgumentType]
+    message[data.draw(st.integers(0, len(message) - 1))] ^= data.draw(st.integers(1, 255))
+    with contextlib.suppress(InvalidRequest):
+        got_index, got = decode(bytes(message))
+        # One flipped byte may still turn the result into an error; protos.verify checks the completion's own checksum.
+        if isinstance(got, ScoreResult) and isinstance(result, ScoreResult):
+            got = replace(got, completion_crc32=result.completion_crc32)
+        if not isinstance(got, TeacherError):
+            assert_same((got_index, got), (index, result))
+
+
+def test_a_flipped_bit_of_a_logprob_is_named() -> None:
+    none = np.empty((1, 0), np.float32)
+    result = ScoreResult(np.zeros(1, np.float32), none.astype(np.int32), none, none, None, 0, 0, 0, 0.0, 0.0, 0)
+    message = pb.ScoreResponse.FromString(codec.encode_score_reply(0, result))
+    message.result.sampled_logprobs = np.array([-1e-9], "<f4").tobytes()
+    with pytest.raises(InvalidRequest, match="damaged on its way: CRC-32"):
+        codec.decode_score_reply(message.SerializeToString())
 
 
 ONE = np.array([1], "<i4").tobytes()

@@ -58,8 +58,3 @@ def test_a_stock_server_has_schemes_of_its_own(url: str) -> None:
     teacher = connect(url)
     assert isinstance(teacher, OpenAITeacher)
     assert teacher.url == url
-
-
-def test_what_comes_later_is_refused_clearly() -> None:
-    with pytest.raises(InvalidRequest, match="not supported yet"):
-        connect("grpc://a:1,grpc://b:2")

@@ -71,6 +71,7 @@ TABLE = {
     "NotReady": (503, "UNAVAILABLE", True),
     "DeadlineExceeded": (504, "DEADLINE_EXCEEDED", True),
     "EngineFailed": (500, "INTERNAL", False),
+    "Corrupted": (400, "DATA_LOSS", True),
 }
 
 

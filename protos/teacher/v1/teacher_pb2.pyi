@@ -143,7 +143,7 @@ class ScoreRequest(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., min_weights_version: _Optional[int] = ...) -> None: ...
 
 class ScoreResult(_message.Message):
-    __slots__ = ("num_tokens", "sampled_logprobs", "top_k", "top_ids", "top_logprobs", "num_candidates", "candidate_logprobs", "entropy", "weights_version", "num_context_tokens", "num_cached_tokens", "queue_s", "engine_s", "completion_crc32", "half_precision")
+    __slots__ = ("num_tokens", "sampled_logprobs", "top_k", "top_ids", "top_logprobs", "num_candidates", "candidate_logprobs", "entropy", "weights_version", "num_context_tokens", "num_cached_tokens", "queue_s", "engine_s", "completion_crc32", "half_precision", "result_crc32")
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +159,7 @@ class ScoreResult(_message.Message):
     ENGINE_S_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_CRC32_FIELD_NUMBER: _ClassVar[int]
     HALF_PRECISION_FIELD_NUMBER: _ClassVar[int]
+    RESULT_CRC32_FIELD_NUMBER: _ClassVar[int]
     num_tokens: int
     sampled_logprobs: bytes
     top_k: int
@@ -174,7 +175,8 @@ class ScoreResult(_message.Message):
     engine_s: float
     completion_crc32: int
     half_precision: bool
-    def __init__(self, num_tokens: _Optional[int] = ..., sampled_logprobs: _Optional[bytes] = ..., top_k: _Optional[int] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., num_candidates: _Optional[int] = ..., candidate_logprobs: _Optional[bytes] = ..., entropy: _Optional[bytes] = ..., weights_version: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., engine_s: _Optional[float] = ..., completion_crc32: _Optional[int] = ..., half_precision: _Optional[bool] = ...) -> None: ...
+    result_crc32: int
+    def __init__(self, num_tokens: _Optional[int] = ..., sampled_logprobs: _Optional[bytes] = ..., top_k: _Optional[int] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., num_candidates: _Optional[int] = ..., candidate_logprobs: _Optional[bytes] = ..., entropy: _Optional[bytes] = ..., weights_version: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., engine_s: _Optional[float] = ..., completion_crc32: _Optional[int] = ..., half_precision: _Optional[bool] = ..., result_crc32: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("name", "message", "field", "retry_after_s")
@@ -249,20 +251,22 @@ class Sample(_message.Message):
     def __init__(self, token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., finish_reason: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class GenerateResult(_message.Message):
-    __slots__ = ("samples", "weights_version", "num_context_tokens", "num_cached_tokens", "queue_s", "engine_s")
+    __slots__ = ("samples", "weights_version", "num_context_tokens", "num_cached_tokens", "queue_s", "engine_s", "result_crc32")
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     ENGINE_S_FIELD_NUMBER: _ClassVar[int]
+    RESULT_CRC32_FIELD_NUMBER: _ClassVar[int]
     samples: _containers.RepeatedCompositeFieldContainer[Sample]
     weights_version: int
     num_context_tokens: int
     num_cached_tokens: int
     queue_s: float
     engine_s: float
-    def __init__(self, samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ..., weights_version: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., engine_s: _Optional[float] = ...) -> None: ...
+    result_crc32: int
+    def __init__(self, samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ..., weights_version: _Optional[int] = ..., num_context_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., engine_s: _Optional[float] = ..., result_crc32: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("index", "result", "error")

@@ -1,0 +1,76 @@
+"""The trainer's side of a teacher: one server or a pool by URL alone, and nothing left behind when there is none."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from protos.errors import NotReady
+from protos.records import Message
+from student_trainer.config import parse_config
+from student_trainer.rollout.base import Rollout
+from student_trainer.scoring import Scorer, TeacherMismatch, Wanted
+from student_trainer.stages import build_stage
+from student_trainer.student import load_student
+from student_trainer.study.toy import build_toy_model
+from student_trainer.tasks import Problem, build_task
+from tests.harness import LoopThread, Server
+
+PROBLEM = Problem("1", (Message("user", "2+2?"),), "4")
+
+
+def rollout(length: int) -> Rollout:
+    ids = np.arange(1, length + 1, dtype=np.int32)
+    return Rollout(PROBLEM, ids, ids, np.zeros(length, np.float32), ids[:, None], is_finished=True, text="")
+
+
+def client_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "teacher-client"]
+
+
+def test_a_pool_scores_as_its_replicas_do(run: LoopThread, transformers_server: Server) -> None:
+    # 100 rollouts are two requests, since the server takes 64 items at a time.
+    rollouts = [rollout(1 + i % 7) for i in range(100)]
+    wanted = Wanted(teacher_top_k=3, student_top_k=1)
+    answers = []
+    for scheme in ("grpc", "pool"):
+        with Scorer(transformers_server.url(scheme), temperature=0.7, timeout_s=60) as scorer:
+            answers.append(scorer.score(rollouts, wanted))
+    for alone, pooled in zip(*answers, strict=True):
+        np.testing.assert_array_equal(alone.top_logprobs, pooled.top_logprobs)
+        np.testing.assert_array_equal(alone.candidate_logprobs, pooled.candidate_logprobs)
+    assert not client_threads()
+
+
+@pytest.mark.parametrize("url", ["grpc://127.0.0.1:1", "http://127.0.0.1:1", "grpc://127.0.0.1:1,http://127.0.0.1:2"])
+def test_a_teacher_that_is_away_leaves_no_thread_and_no_descriptor(url: str) -> None:
+    def attempt() -> int:
+        with pytest.raises(NotReady):
+            Scorer(url, temperature=1.0, timeout_s=5)
+        assert not client_threads()
+        return len(os.listdir("/proc/self/fd"))
+
+    first = attempt()
+    assert max(attempt() for _ in range(3)) <= first
+
+
+def test_a_teacher_that_does_not_fit_is_let_go(
+    run: LoopThread, transformers_server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = build_toy_model(tmp_path_factory.mktemp("toy"), hidden_size=32, num_layers=1)
+    config = parse_config(
+        {
+            "run": "unused",
+            "steps": 1,
+            "model": {"path": str(model)},
+            "task": {"kind": "toy", "train_size": 20, "held_out_size": 10},
+            "stage": {"kind": "opd"},
+            "teacher": {"url": transformers_server.url("grpc")},
+        }
+    )
+    with pytest.raises(TeacherMismatch, match="vocabularies"):
+        build_stage(config, load_student(config.model), build_task(config.task))
+    assert not client_threads()
