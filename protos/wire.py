@@ -25,6 +25,10 @@ PROTOBUF_TYPE = "application/x-protobuf"
 JSON_TYPE = "application/json"
 TIMEOUT_HEADER = "x-timeout-s"
 """The caller's deadline over HTTP, in seconds from now; gRPC has its own."""
+AUTHORIZATION = "authorization"
+"""The header, and gRPC's metadata, of a bearer token (RFC 6750)."""
+CLIENT_HEADER = "x-client-id"
+"""The header, and gRPC's metadata, by which a caller without a token names itself to the queue, which is fair."""
 
 _MAX_VARINT_BYTES = 5
 
