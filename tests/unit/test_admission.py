@@ -126,7 +126,7 @@ sizes = st.integers(1, 3 * QUANTUM)
 @given(st.lists(st.lists(sizes, min_size=20, max_size=60), min_size=2, max_size=4))
 @settings(max_examples=20, deadline=None)
 def test_backlogged_clients_get_equal_shares(requests: list[list[int]]) -> None:
-    # Shreedhar and Varghese's fairness measure: over any interval in which two flows are backlogged, what they were given
+    # Shreedhar and Varghese: over any interval in which two flows are backlogged, what they were given
     # differs by at most the quantum and twice the largest item.
     bound = QUANTUM + 2 * max(max(request) for request in requests)
     admission = Admission(1, 10**9)  # one item at a time
