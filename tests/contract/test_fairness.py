@@ -21,7 +21,9 @@ from teacher_server.engines.base import Engine
 from tests.harness import HeldEngine, LoopThread, Server, core_over, serving, until
 
 LARGE, SMALL = "large-0123456789abcdef", "small-0123456789abcdef"
-ACCESS = Access(tuple(Token(name, sha256_of(name), frozenset({SCORE})) for name in (LARGE, SMALL)))
+ACCESS = Access(
+    (Token("large", sha256_of(LARGE), frozenset({SCORE})), Token("small", sha256_of(SMALL), frozenset({SCORE})))
+)
 ITEM = ScoreItem(np.arange(120, dtype=np.int32), np.arange(8, dtype=np.int32))
 """128 tokens: 16 of them are one turn."""
 TURN = QUANTUM // 128
@@ -68,12 +70,12 @@ def test_a_client_that_fills_its_share_leaves_room_for_another(
             await until(lambda: admission.tokens_queued == 4 * 128)
             with pytest.raises(Overloaded, match=r"512 tokens wait \(512 of this client\) and this request has 128"):
                 await large.score([ITEM])
-            asking.append(asyncio.create_task(small.score([ITEM, ITEM])))
-            await until(lambda: admission.tokens_queued == 6 * 128)
+            asking.append(asyncio.create_task(small.score([ITEM])))
+            await until(lambda: admission.tokens_queued == 5 * 128)
             # A deadline that passes in the queue frees the place.
             with pytest.raises(DeadlineExceeded):
                 await small.score([ITEM], timeout_s=0.3)
-            await until(lambda: admission.tokens_queued == 6 * 128)
+            await until(lambda: admission.tokens_queued == 5 * 128)
             held.door.set()
             await asyncio.gather(*asking)
             assert admission.tokens_in_flight == admission.tokens_queued == 0
