@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -17,7 +18,7 @@ from protos.records import ScoreItem, ScoreRequest
 from protos.wire import PROTOBUF_TYPE
 from teacher_server.admission import QUANTUM, Admission
 from teacher_server.auth import SCORE, Access, Token, sha256_of
-from teacher_server.engines.base import Engine
+from teacher_server.engines.base import Engine, ScoreRows, ScoreTask
 from tests.harness import HeldEngine, LoopThread, Server, core_over, serving, until
 
 LARGE, SMALL = "large-0123456789abcdef", "small-0123456789abcdef"
@@ -32,8 +33,8 @@ TURN = QUANTUM // 128
 def test_one_item_overtakes_another_client_s_many(
     run: LoopThread, scheme: str, transformers_engine: Engine, tiny_model: Path
 ) -> None:
-    async def scenario() -> int:
-        held, admission = HeldEngine(transformers_engine), Admission(128, 2**20)  # one item at a time
+    async def scenario() -> list[int]:
+        held, admission = Recording(transformers_engine), Admission(128, 2**20)  # one item at a time
         core = core_over(held, tiny_model, admission=admission)
         async with (
             serving(core, access=ACCESS) as server,
@@ -42,17 +43,25 @@ def test_one_item_overtakes_another_client_s_many(
         ):
             asking_large = asyncio.create_task(large.score([ITEM] * 64))
             await until(lambda: admission.tokens_queued == 63 * 128)
-            asking_small = asyncio.create_task(small.score([ITEM]))
-            await until(lambda: admission.tokens_queued == 64 * 128)
+            asking_small = asyncio.create_task(small.score([ScoreItem(ITEM.prompt, ITEM.completion_ids[:1])]))
+            await until(lambda: admission.tokens_queued == 63 * 128 + 121)
             held.door.set()
-            await asking_small
-            num_before = held.num_started
-            await asking_large
-            return num_before
+            await asyncio.gather(asking_small, asking_large)
+            return held.completion_lengths
 
-    # Sixteen items of the turn that was running, then the small client's; the reply crosses the socket while the large
-    # client has its next turn at most.
-    assert TURN < run(scenario()) <= 3 * TURN
+    # The turn that was running ends, and then it is the small client's.
+    assert run(scenario()) == [8] * TURN + [1] + [8] * (64 - TURN)
+
+
+@dataclass
+class Recording(HeldEngine):
+    """A held engine that notes the length of each completion as its work begins."""
+
+    completion_lengths: list[int] = field(default_factory=list)
+
+    async def score(self, task: ScoreTask) -> ScoreRows:
+        self.completion_lengths.append(len(task.completion_ids))
+        return await super().score(task)
 
 
 def test_a_client_that_fills_its_share_leaves_room_for_another(
