@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 import grpc
 import grpc.aio
 
 from protos import codec
-from protos.errors import ERRORS, Corrupted, EngineFailed, InvalidRequest, NotReady, TeacherError
+from protos.credentials import Credentials, Tls
+from protos.errors import ERRORS, Corrupted, EngineFailed, NotReady, TeacherError, too_large
 from protos.wire import BODY_CRC_HEADER, ERROR_METADATA_KEY, GRPC_LIMITS, GRPC_SERVICE, Operation, body_crc
 
 _CHANNEL_OPTIONS = (
@@ -20,16 +23,20 @@ _CHANNEL_OPTIONS = (
 _BROKEN_CODES = ("INTERNAL", "UNKNOWN", "DATA_LOSS")
 """What gRPC itself says of bytes that are no HTTP/2 or no message; a server of ours sends its error beside the code."""
 
+_TOO_LARGE = re.compile(r"message larger than max \((\d+) vs\. (\d+)\)")
+"""How gRPC's core words a message above the receiver's limit; no code of the server's runs before it."""
+
 _ERROR_OF_CODE: dict[str, type[TeacherError]] = {error.row.grpc_code: error for error in ERRORS.values()}
 
 
 class GrpcTransport:
     """One channel to `target` ("host:port"), opened by the first call; see protos.wire.Transport."""
 
-    def __init__(self, url: str, target: str, *, secure: bool) -> None:
+    def __init__(self, url: str, target: str, own: Credentials) -> None:
         self.url = url
         self._target = target
-        self._secure = secure
+        self._metadata = tuple(own.headers().items())
+        self._credentials = None if own.tls is None else _channel_credentials(own.tls)
         self._channel: grpc.aio.Channel | None = None
 
     async def stream(
@@ -37,9 +44,8 @@ class GrpcTransport:
     ) -> AsyncGenerator[bytes, None]:
         """See protos.wire.Transport."""
         path = f"/{GRPC_SERVICE}/{operation.grpc_method}"
-        call = self._open().unary_stream(path)(
-            request, timeout=timeout_s, metadata=((BODY_CRC_HEADER, body_crc(request)),)
-        )
+        metadata = (*self._metadata, (BODY_CRC_HEADER, body_crc(request)))
+        call = self._open().unary_stream(path)(request, timeout=timeout_s, metadata=metadata)
         try:
             async for reply in call:
                 yield reply
@@ -57,9 +63,9 @@ class GrpcTransport:
     def _open(self) -> grpc.aio.Channel:
         if self._channel is None:
             self._channel = (
-                grpc.aio.secure_channel(self._target, grpc.ssl_channel_credentials(), options=_CHANNEL_OPTIONS)
-                if self._secure
-                else grpc.aio.insecure_channel(self._target, options=_CHANNEL_OPTIONS)
+                grpc.aio.insecure_channel(self._target, options=_CHANNEL_OPTIONS)
+                if self._credentials is None
+                else grpc.aio.secure_channel(self._target, self._credentials, options=_CHANNEL_OPTIONS)
             )
         return self._channel
 
@@ -71,8 +77,14 @@ class GrpcTransport:
         code, details = error.code().name, error.details() or ""
         if code == "UNAVAILABLE":
             return NotReady(f"{self.url} cannot be reached or broke off: {details}")
-        if code == "RESOURCE_EXHAUSTED" and "larger than max" in details:
-            return InvalidRequest(f"{self.url}: {details}")
+        if code == "RESOURCE_EXHAUSTED" and (sizes := _TOO_LARGE.search(details)):
+            return too_large(*sizes.groups())
         if code in _BROKEN_CODES:
             return Corrupted(f"{self.url} sent a broken stream: {code}: {details}")
         return _ERROR_OF_CODE.get(code, EngineFailed)(f"{self.url} answered {code}: {details}")
+
+
+def _channel_credentials(tls: Tls) -> grpc.ChannelCredentials:
+    tls.context()  # names a file that cannot be used; gRPC would only find out at the first handshake
+    ca, cert, key = (None if path is None else Path(path).read_bytes() for path in (tls.ca, tls.cert, tls.key))
+    return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)

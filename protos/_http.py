@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Mapping
 import httpx
 
 from protos import codec
+from protos.credentials import Credentials
 from protos.errors import ERRORS, Corrupted, EngineFailed, InvalidRequest, NotReady, TeacherError
 from protos.wire import BODY_CRC_HEADER, PROTOBUF_TYPE, TIMEOUT_HEADER, FrameReader, Operation, body_crc
 
@@ -23,11 +24,13 @@ _BODY_CHARS = 200
 class HttpTransport:
     """One connection pool to `url` ("http://host:port"); see protos.wire.Transport."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, own: Credentials) -> None:
         self.url = url
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._client = httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits)
+        self._client = httpx.AsyncClient(
+            base_url=url, timeout=timeout, limits=limits, headers=own.headers(), verify=own.verify()
+        )
 
     async def stream(
         self, operation: Operation, request: bytes, *, timeout_s: float | None

@@ -22,6 +22,7 @@ from protos import verify
 from protos._http import CONNECT_TIMEOUT_S, error_of_status
 from protos._openai_limits import check_generate_item, check_request, check_score_item
 from protos._openai_rows import read_rows, read_sample
+from protos.credentials import Credentials
 from protos.errors import (
     ContextTooLong,
     DeadlineExceeded,
@@ -71,14 +72,15 @@ class OpenAITeacher:
     """A stock server at `url` ("openai+http://host:port"); see protos.client.Teacher.
 
     Args:
-        token: sent as the bearer token; None sends none.
+        own: the bearer token, and the files of openai+https.
     """
 
-    def __init__(self, url: str, *, token: str | None = None) -> None:
+    def __init__(self, url: str, own: Credentials) -> None:
         self.url = url
         self._client = httpx.AsyncClient(
             base_url=url.removeprefix("openai+"),
-            headers={} if token is None else {"authorization": f"Bearer {token}"},
+            headers=own.headers(),
+            verify=own.verify(),
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
         )

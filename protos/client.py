@@ -10,14 +10,15 @@ A synchronous caller keeps one event loop for the life of its teacher (`asyncio.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
 from protos import codec, verify
-from protos.errors import Corrupted, DeadlineExceeded, InvalidRequest
+from protos.credentials import Credentials, Tls, credentials
+from protos.errors import Corrupted, DeadlineExceeded, InvalidRequest, too_large
 from protos.records import (
     GenerateItem,
     GenerateRequest,
@@ -32,15 +33,12 @@ from protos.wire import GENERATE, GET_INFO, MAX_MESSAGE_BYTES, SCORE, Operation,
 
 OPENAI_SCHEMES = ("openai+http", "openai+https")
 SCHEMES = ("grpc", "grpcs", "http", "https", *OPENAI_SCHEMES)
+SECURE_SCHEMES = ("grpcs", "https", "openai+https")
 URL_FORMS = (
     "grpc://host:port, grpcs://host:port, http://host:port, https://host:port, "
     "openai+http://host:port or openai+https://host:port"
 )
 POOL_FORMS = "several of those with commas between them, or dns+grpc://name:port or dns+http://name:port"
-
-TOKEN_VARIABLE = "TEACHER_TOKEN"
-"""The environment variable with the bearer token. Never OPENAI_API_KEY: it belongs to another service, and would go to
-whichever host a URL names."""
 
 _T = TypeVar("_T")
 
@@ -74,16 +72,21 @@ class Teacher(TeacherService, Protocol):
     async def __aexit__(self, *exc_info: object) -> None: ...
 
 
-def connect(url: str) -> Teacher:
+def connect(url: str, *, token: str | None = None, tls: Tls | None = None) -> Teacher:
     """The teacher at `url`, or the pool of replicas that it names; nothing is sent before the first call.
 
+    Args:
+        token: the bearer token; None takes it from the environment variable TEACHER_TOKEN, "" sends none.
+        tls: the files for grpcs and https; None trusts the authority in TEACHER_CA, or else the system's.
+
     Raises:
-        InvalidRequest: the URL is not one of `URL_FORMS` or `POOL_FORMS`.
+        InvalidRequest: the URL is not one of `URL_FORMS` or `POOL_FORMS`, or the token or a file of `tls` cannot be
+            used.
     """
     if "," in url or url.startswith("dns+"):
         from protos.pool import TeacherPool
 
-        return TeacherPool(url, connect)
+        return TeacherPool(url, partial(connect, token=token, tls=tls))
     try:
         parts = urlsplit(url)
         well_formed = parts.scheme in SCHEMES and parts.hostname and parts.port and "@" not in parts.netloc
@@ -91,21 +94,23 @@ def connect(url: str) -> Teacher:
         raise InvalidRequest(f"{url!r} is not a teacher's URL ({error}); it must be {URL_FORMS}") from error
     if not well_formed or parts.path.strip("/") or parts.query or parts.fragment:
         raise InvalidRequest(f"{url!r} is not a teacher's URL; it must be {URL_FORMS}")
+    secure = parts.scheme in SECURE_SCHEMES
+    own = credentials(url, parts.hostname or "", secure=secure, token=token, tls=tls)
     if parts.scheme in OPENAI_SCHEMES:
         from protos._openai import OpenAITeacher
 
-        return OpenAITeacher(url, token=os.environ.get(TOKEN_VARIABLE))
-    return RemoteTeacher(_transport(url, parts.scheme, parts.netloc))
+        return OpenAITeacher(url, own)
+    return RemoteTeacher(_transport(url, parts.scheme, parts.netloc, own))
 
 
-def _transport(url: str, scheme: str, target: str) -> Transport:
+def _transport(url: str, scheme: str, target: str, own: Credentials) -> Transport:
     if scheme in ("grpc", "grpcs"):
         from protos._grpc import GrpcTransport
 
-        return GrpcTransport(url, target, secure=scheme == "grpcs")
+        return GrpcTransport(url, target, own)
     from protos._http import HttpTransport
 
-    return HttpTransport(url)
+    return HttpTransport(url, own)
 
 
 class RemoteTeacher:
@@ -172,9 +177,7 @@ class RemoteTeacher:
         self, operation: Operation, body: bytes, decode: Callable[[bytes], _T], timeout_s: float | None
     ) -> AsyncGenerator[_T, None]:
         if len(body) > MAX_MESSAGE_BYTES:
-            raise InvalidRequest(
-                f"the request has {len(body)} bytes; the limit is {MAX_MESSAGE_BYTES}; send fewer items"
-            )
+            raise too_large(len(body), MAX_MESSAGE_BYTES)
         stream = self._transport.stream(operation, body, timeout_s=timeout_s)
         async with aclosing(_until(stream, timeout_s, self.url)) as messages:
             async for message in messages:

@@ -140,6 +140,11 @@ ERRORS: dict[str, type[TeacherError]] = {
 """The table, by name on the wire."""
 
 
+def too_large(num_bytes: int | str, max_bytes: int | str) -> InvalidRequest:
+    """The refusal of a request by its size; the client, HTTP and gRPC each measure it at another place."""
+    return InvalidRequest(f"the request has {num_bytes} bytes; the limit is {max_bytes}; send fewer items")
+
+
 def error_from_name(name: str, message: str, *, field: str = "", retry_after_s: float | None = None) -> TeacherError:
     """The error of that name; a name this version does not know becomes EngineFailed and keeps its name in the text."""
     if name in ERRORS:

@@ -28,6 +28,10 @@ PROTOBUF_TYPE = "application/x-protobuf"
 JSON_TYPE = "application/json"
 TIMEOUT_HEADER = "x-timeout-s"
 """The caller's deadline over HTTP, in seconds from now; gRPC has its own."""
+AUTHORIZATION = "authorization"
+"""The header, and gRPC's metadata, of a bearer token (RFC 6750)."""
+CLIENT_HEADER = "x-client-id"
+"""The header, and gRPC's metadata, by which a caller without a token names itself to the queue, which is fair."""
 
 BODY_CRC_HEADER = "x-body-crc32"
 """HTTP header and gRPC metadata key: CRC-32 of the serialised request, in decimal. TCP's 16-bit sum lets about one

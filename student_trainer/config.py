@@ -68,7 +68,10 @@ class TeacherConfig(Section):
     """Who scores."""
 
     url: str
-    """grpc://HOST:PORT or http://HOST:PORT."""
+    """grpc://HOST:PORT or http://HOST:PORT; grpcs and https for TLS. Its token, which no file of the run may hold, is
+    taken from the environment variable TEACHER_TOKEN."""
+    ca: str | None = None
+    """The certificate authority of a grpcs or https teacher, a PEM file; None is TEACHER_CA's, or else the system's."""
     timeout_s: PositiveFloat = 300.0
     """For scoring one step's rollouts."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 from protos.client import Teacher, connect
+from protos.credentials import Tls
 from protos.fingerprint import UNKNOWN, SpellingVocabulary, differences, spelling_differences
 from protos.records import Chat, Privileged, ScoreItem, ScoreResult, TeacherInfo, TokenizerFingerprint
 from protos.service import Detokenizer
@@ -45,6 +46,7 @@ class Scorer:
         url: as `protos.client.connect` takes it.
         temperature: of the log-probs, the same as the student's.
         timeout_s: for one call of `score`, in seconds.
+        tls: the files of a grpcs or https teacher; None for the defaults of `connect`.
         privileged: what the teacher sees of a problem and the student does not; None for nothing.
 
     Attributes:
@@ -60,6 +62,7 @@ class Scorer:
         *,
         temperature: float,
         timeout_s: float,
+        tls: Tls | None = None,
         privileged: Callable[[Problem], Privileged] | None = None,
     ) -> None:
         self._url = url
@@ -70,7 +73,7 @@ class Scorer:
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-client", daemon=True)
         self._thread.start()
         try:
-            self._teacher, self.info = self._wait(_connected(url))
+            self._teacher, self.info = self._wait(_connected(url, tls))
         except BaseException:
             self._stop()
             raise
@@ -164,9 +167,9 @@ class Scorer:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-async def _connected(url: str) -> tuple[Teacher, TeacherInfo]:
+async def _connected(url: str, tls: Tls | None) -> tuple[Teacher, TeacherInfo]:
     """`connect` inside the loop that will use it, whose sockets belong to it; closed again where nobody answers."""
-    teacher = connect(url)
+    teacher = connect(url, tls=tls)
     try:
         return teacher, await teacher.info()
     except BaseException:

@@ -1,16 +1,31 @@
-"""How much work may be in flight: a budget of tokens in the engine and a bounded, first-come queue before it."""
+"""How much work may be in flight, and whose comes next: a budget of tokens and a bounded queue, fair between clients.
+
+The order is deficit round robin (Shreedhar and Varghese, "Efficient fair queuing using deficit round-robin", SIGCOMM
+1995): clients take turns, and each turn is worth the same number of tokens whatever the sizes of its items. The bound
+is a dynamic threshold (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches",
+IEEE/ACM ToN 1998): a client may have as much waiting as the queue has free, so there is always room for another. One
+alone has half the queue; n have an (n + 1)-th each.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from protos.errors import Overloaded
+from teacher_server.drain_rate import DrainRate
 
-RETRY_AFTER_S = 1.0
-"""What Overloaded advises: about the time in which an engine finishes one batch of scoring."""
+QUANTUM = 2048
+"""Tokens of one turn: about one rollout with its prompt. A larger item saves up over several turns."""
+
+UNMEASURED_RETRY_AFTER_S = 1.0
+"""What Overloaded advises before any rate is measured: about the time of one batch of scoring."""
+
+RETRY_AFTER_RANGE_S = (0.1, 60.0)
+"""No advice is shorter than a round trip with its set-up, or longer than the rate it rests on can be trusted."""
 
 
 @dataclass(eq=False)
@@ -18,38 +33,52 @@ class Ticket:
     """The right of one item to enter the engine once `granted`; give it back with `Admission.release`."""
 
     num_tokens: int
+    client: str
     granted: asyncio.Event = field(default_factory=asyncio.Event)
     released: bool = False
 
 
-class Admission:
-    """Grants tickets in order while the tokens in flight stay within the budget.
+@dataclass
+class _Waiting:
+    """One client's waiting tickets in order, their tokens, and what it may still take of its turn."""
 
-    An item larger than the budget enters alone; a request larger than the queue enters an empty queue: neither could
-    ever be served otherwise.
+    tickets: OrderedDict[Ticket, None] = field(default_factory=OrderedDict)
+    num_tokens: int = 0
+    deficit: int = QUANTUM
+
+
+class Admission:
+    """Grants tickets while the tokens in flight stay within the budget, clients in turn and each client's in order.
+
+    An item larger than the budget enters alone; a request larger than half the queue counts as half when its client has
+    nothing else waiting: neither could ever be served otherwise.
     """
 
-    def __init__(self, max_tokens_in_flight: int, max_queued_tokens: int) -> None:
-        self._max_in_flight = max_tokens_in_flight
-        self._max_queued = max_queued_tokens
-        self._queue: deque[Ticket] = deque()
+    def __init__(
+        self, max_tokens_in_flight: int, max_queued_tokens: int, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.tokens_queued = 0
         self.tokens_in_flight = 0
+        self._max_in_flight = max_tokens_in_flight
+        self._max_queued = max_queued_tokens
+        self._round: OrderedDict[str, _Waiting] = OrderedDict()  # who waits; the first has its turn
+        self._drain_rate = DrainRate(clock)
 
-    def admit(self, sizes: Sequence[int]) -> list[Ticket]:
-        """One ticket for each item of a request, all or none; `sizes` in tokens.
+    def admit(self, sizes: Sequence[int], client: str = "") -> list[Ticket]:
+        """One ticket for each item of a request of `client`, all or none; `sizes` in tokens.
 
         Raises:
-            Overloaded: the queue has no room for the request.
+            Overloaded: the queue has no room for the request, or the client has too much in it already.
         """
+        assert sizes
         total = sum(sizes)
-        if self._queue and self.tokens_queued + total > self._max_queued:
-            raise Overloaded(
-                f"{self.tokens_queued} tokens wait and this request has {total}; the queue holds {self._max_queued}",
-                retry_after_s=RETRY_AFTER_S,
-            )
-        tickets = [Ticket(size) for size in sizes]
-        self._queue.extend(tickets)
+        self._check_room(total, client)
+        if not self._round:
+            self._drain_rate.restart()
+        tickets = [Ticket(size, client) for size in sizes]
+        waiting = self._round.setdefault(client, _Waiting())
+        waiting.tickets.update(dict.fromkeys(tickets))
+        waiting.num_tokens += total
         self.tokens_queued += total
         self._grant()
         return tickets
@@ -61,17 +90,58 @@ class Admission:
         ticket.released = True
         if ticket.granted.is_set():
             self.tokens_in_flight -= ticket.num_tokens
+            self._drain_rate.add(ticket.num_tokens)
         else:
-            self._queue.remove(ticket)
-            self.tokens_queued -= ticket.num_tokens
+            self._leave_queue(ticket)
         self._grant()
 
+    def _check_room(self, total: int, client: str) -> None:
+        half = self._max_queued / 2
+        taken = sum(min(waiting.num_tokens, half) for waiting in self._round.values())
+        room = min(self._max_queued - taken, half)
+        own = self._round[client].num_tokens if client in self._round else 0
+        wanted = own + total if own else min(total, half)
+        if wanted <= room:
+            return
+        raise Overloaded(
+            f"{self.tokens_queued} tokens wait ({own} of this client) and this request has {total}; the queue holds "
+            f"{self._max_queued}, of one client at most half and no more than is free",
+            retry_after_s=self._retry_after_s(wanted - room),
+        )
+
+    def _retry_after_s(self, excess_tokens: float) -> float:
+        """Seconds until that many tokens have left the queue at the rate of late."""
+        rate = self._drain_rate.tokens_per_s()
+        if rate is None:
+            return UNMEASURED_RETRY_AFTER_S
+        least, most = RETRY_AFTER_RANGE_S
+        return min(max(excess_tokens / rate, least), most)
+
     def _grant(self) -> None:
-        while self._queue:
-            ticket = self._queue[0]
+        while self._round:
+            ticket = self._next()
+            # What does not fit holds up all that comes after it: smaller items passing by would starve it.
             if self.tokens_in_flight and self.tokens_in_flight + ticket.num_tokens > self._max_in_flight:
                 return
-            self._queue.popleft()
-            self.tokens_queued -= ticket.num_tokens
+            self._round[ticket.client].deficit -= ticket.num_tokens
+            self._leave_queue(ticket)
             self.tokens_in_flight += ticket.num_tokens
             ticket.granted.set()
+
+    def _next(self) -> Ticket:
+        """The ticket whose turn it is; turns that are spent pass on, with a new quantum for the next round."""
+        while True:
+            client, waiting = next(iter(self._round.items()))
+            ticket = next(iter(waiting.tickets))
+            if ticket.num_tokens <= waiting.deficit:
+                return ticket
+            waiting.deficit += QUANTUM
+            self._round.move_to_end(client)
+
+    def _leave_queue(self, ticket: Ticket) -> None:
+        waiting = self._round[ticket.client]
+        del waiting.tickets[ticket]
+        waiting.num_tokens -= ticket.num_tokens
+        self.tokens_queued -= ticket.num_tokens
+        if not waiting.tickets:
+            del self._round[ticket.client]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from protos.wire import MAX_MESSAGE_BYTES
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
@@ -25,10 +27,17 @@ class ServeConfig:
         max_top_k: The largest K; the engine's own limit when absent.
         max_items: Items of one request.
         max_tokens_in_flight: Tokens in the engine at a time; the rest waits.
-        max_queued_tokens: Tokens that may wait; a request beyond is refused as Overloaded.
+        max_queued_tokens: Tokens that may wait; of one client no more than is free, so half of it when alone. A request
+            beyond is refused as Overloaded.
         tensor_parallel_size: GPUs that share the model (vllm).
         kv_cache_gib: Memory for the KV cache in GiB (vllm); what is free on the GPU when absent.
         threads: CPU threads of the engine; the libraries' own choice when absent.
+        max_message_mib: MiB of one request.
+        tokens: A TOML file of bearer tokens (see teacher_server.tokens); the environment variable TEACHER_TOKENS may
+            hold its text instead. Without tokens, score and generate are open to all and admin is off.
+        tls_cert: The certificate chain for both listeners, PEM; plaintext when absent.
+        tls_key: Its key, PEM.
+        tls_client_ca: The authority that clients' certificates must come from (mTLS), PEM.
         drain_timeout_s: Seconds that work in flight may take after SIGTERM.
         ready_file: A file to write {http_url, grpc_url, pid} to as JSON once the server is ready.
     """
@@ -46,7 +55,12 @@ class ServeConfig:
     max_top_k: int | None = None
     max_items: int = 1024
     max_tokens_in_flight: int = 2**18
-    max_queued_tokens: int = 2**22
+    max_queued_tokens: int = 2**23
+    max_message_mib: int = MAX_MESSAGE_BYTES // 2**20
+    tokens: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     tensor_parallel_size: int = 1
     kv_cache_gib: float | None = None
     threads: int | None = None
@@ -54,16 +68,27 @@ class ServeConfig:
     ready_file: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("http_port", "grpc_port"):
-            if not 0 <= getattr(self, name) < 2**16:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 65535")
-        lowest = {"max_model_len": 2, "max_top_k": 0, "max_items": 1, "max_tokens_in_flight": 1, "max_queued_tokens": 0}
+        for name, least, most in (
+            ("http_port", 0, 2**16 - 1),
+            ("grpc_port", 0, 2**16 - 1),
+            ("max_message_mib", 1, MAX_MESSAGE_BYTES // 2**20),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from {least} to {most}")
+        lowest = {"max_model_len": 2, "max_top_k": 0, "max_items": 1, "max_tokens_in_flight": 1, "max_queued_tokens": 1}
         for name, least in (lowest | {"tensor_parallel_size": 1, "threads": 1, "drain_timeout_s": 0}).items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         if self.kv_cache_gib is not None and self.kv_cache_gib <= 0:
             raise ValueError(f"kv_cache_gib is {self.kv_cache_gib}; it must be above 0")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("tls_cert", "tls_key") if self.tls_key is None else ("tls_key", "tls_cert")
+            raise ValueError(f"{given} is {getattr(self, given)} and {missing} is absent; give both, or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError(
+                f"tls_client_ca is {self.tls_client_ca} and tls_cert is absent; give tls_cert and tls_key too"
+            )
         if not self.name:
             raise ValueError("name is empty; it must have at least one character")
 

@@ -121,13 +121,15 @@ class TeacherCore:
         """See TeacherService."""
         return self._info
 
-    def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
-        """See TeacherService."""
-        return self._stream("score", request, self._plan_score, timeout_s)
+    def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None, client: str = "") -> ScoreStream:
+        """See teacher_server.gate.Core."""
+        return self._stream("score", request, self._plan_score, timeout_s, client)
 
-    def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
-        """See TeacherService."""
-        return self._stream("generate", request, self._plan_generate, timeout_s)
+    def generate_stream(
+        self, request: GenerateRequest, *, timeout_s: float | None = None, client: str = ""
+    ) -> GenerateStream:
+        """See teacher_server.gate.Core."""
+        return self._stream("generate", request, self._plan_generate, timeout_s, client)
 
     def close(self) -> None:
         """Ends the tokenizer's thread; the engine is its owner's to close."""
@@ -139,15 +141,16 @@ class TeacherCore:
         request: ScoreRequest | GenerateRequest,
         plan: Callable[[Any, TeacherInfo], _Job[_Result]],
         timeout_s: float | None,
+        client: str,
     ) -> AsyncGenerator[tuple[int, _Result | TeacherError], None]:
         loop = asyncio.get_running_loop()
         started = loop.time()
         deadline = None if timeout_s is None else started + timeout_s
-        tally = Tally(operation, len(request.items))
+        tally = Tally(operation, client, len(request.items))
         tasks: list[asyncio.Task[None]] = []
         try:
             jobs = await loop.run_in_executor(self._text_thread, self._plan, request, plan)
-            tickets = self._admission.admit([job.num_context_tokens + job.num_new_tokens for job in jobs])
+            tickets = self._admission.admit([job.num_context_tokens + job.num_new_tokens for job in jobs], client)
             outcomes: asyncio.Queue[tuple[int, _Result | TeacherError]] = asyncio.Queue()
             tasks = [
                 asyncio.create_task(self._do(i, job, ticket, outcomes, deadline))

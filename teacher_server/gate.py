@@ -6,24 +6,43 @@ import asyncio
 from collections.abc import Generator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from starlette.types import ASGIApp
 
 from protos.errors import NotReady
 from protos.records import GenerateRequest, ScoreRequest, TeacherInfo
-from protos.service import GenerateStream, ScoreStream, TeacherService
+from protos.service import GenerateStream, ScoreStream
+
+
+class Core(Protocol):
+    """A TeacherService that is told who asks, to be fair between clients."""
+
+    async def info(self) -> TeacherInfo:
+        """See TeacherService."""
+        ...
+
+    def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None, client: str = "") -> ScoreStream:
+        """See TeacherService; `client` names who asks."""
+        ...
+
+    def generate_stream(
+        self, request: GenerateRequest, *, timeout_s: float | None = None, client: str = ""
+    ) -> GenerateStream:
+        """See TeacherService; `client` names who asks."""
+        ...
 
 
 @dataclass(frozen=True)
 class Opened:
     """What an open gate leads to; `openai` answers stock clients, where the engine has such an application."""
 
-    service: TeacherService
+    core: Core
     openai: ASGIApp | None
 
 
 class Gate:
-    """A TeacherService that answers NotReady until it is opened onto another, and again once it is closed."""
+    """A Core that answers NotReady until it is opened onto another, and again once it is closed."""
 
     def __init__(self) -> None:
         self._opened: Opened | None = None
@@ -37,9 +56,9 @@ class Gate:
         """Whether new work is taken."""
         return self._opened is not None
 
-    def open(self, service: TeacherService, openai: ASGIApp | None = None) -> None:
-        """Lets new work through to `service`, and that of stock clients to `openai`."""
-        self._opened = Opened(service, openai)
+    def open(self, core: Core, openai: ASGIApp | None = None) -> None:
+        """Lets new work through to `core`, and that of stock clients to `openai`."""
+        self._opened = Opened(core, openai)
 
     def close(self, reason: str) -> None:
         """Refuses new work with NotReady and this sentence; what is in flight goes on."""
@@ -71,18 +90,22 @@ class Gate:
     async def info(self) -> TeacherInfo:
         """See TeacherService."""
         with self.entered() as opened:
-            return await opened.service.info()
+            return await opened.core.info()
 
-    async def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
-        """See TeacherService."""
+    async def score_stream(
+        self, request: ScoreRequest, *, timeout_s: float | None = None, client: str = ""
+    ) -> ScoreStream:
+        """See Core."""
         with self.entered() as opened:
-            async with aclosing(opened.service.score_stream(request, timeout_s=timeout_s)) as replies:
+            async with aclosing(opened.core.score_stream(request, timeout_s=timeout_s, client=client)) as replies:
                 async for reply in replies:
                     yield reply
 
-    async def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
-        """See TeacherService."""
+    async def generate_stream(
+        self, request: GenerateRequest, *, timeout_s: float | None = None, client: str = ""
+    ) -> GenerateStream:
+        """See Core."""
         with self.entered() as opened:
-            async with aclosing(opened.service.generate_stream(request, timeout_s=timeout_s)) as replies:
+            async with aclosing(opened.core.generate_stream(request, timeout_s=timeout_s, client=client)) as replies:
                 async for reply in replies:
                     yield reply

@@ -1,4 +1,4 @@
-"""The HTTP face of a TeacherService: bodies to records and back, errors to statuses; no rule of its own."""
+"""The HTTP face of the gate: bodies to records and back, errors to statuses; no rule of its own."""
 
 from __future__ import annotations
 
@@ -14,28 +14,41 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from protos import codec, json_models
-from protos.errors import ERRORS, EngineFailed, InvalidRequest, TeacherError
+from protos.errors import (
+    ERRORS,
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    TeacherError,
+    Unauthenticated,
+    too_large,
+)
 from protos.records import TeacherInfo
 from protos.wire import (
+    AUTHORIZATION,
     BODY_CRC_HEADER,
+    CLIENT_HEADER,
     GENERATE,
     GET_INFO,
     JSON_TYPE,
-    MAX_MESSAGE_BYTES,
     PROTOBUF_TYPE,
     SCORE,
     TIMEOUT_HEADER,
     check_body,
     frame,
 )
-from teacher_server import openai_routes
+from teacher_server import auth, openai_routes
 from teacher_server.gate import Gate
+from teacher_server.limits import DEFAULT_LIMITS, Limits
 
 _log = structlog.get_logger()
 _INFO_JSON = TypeAdapter(TeacherInfo)
+
+LIVENESS_PATHS = ("/healthz", "/readyz")
+"""What answers without a token."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +81,15 @@ _GENERATE = _Form(
 )
 
 
-def create_app(gate: Gate, metrics_text: Callable[[], bytes], *, max_body_bytes: int = MAX_MESSAGE_BYTES) -> FastAPI:
+def create_app(
+    gate: Gate,
+    metrics_text: Callable[[], bytes],
+    access: auth.Access = auth.OPEN,
+    limits: Limits = DEFAULT_LIMITS,
+) -> FastAPI:
     """The ASGI application over `gate`; /readyz follows it, /healthz answers while the process lives."""
     app = FastAPI(title="teacher-server", description="Scores text it did not write, and continues it.")
+    app.add_middleware(_Guard, access=access)
 
     @app.get(GET_INFO.http_path, response_model=TeacherInfo, responses=_error_responses())
     async def info(request: Request) -> Response:
@@ -88,8 +107,9 @@ def create_app(gate: Gate, metrics_text: Callable[[], bytes], *, max_body_bytes:
     )
     async def score(request: Request) -> Response:
         """Log-probs of every item's completion; over protobuf each reply is sent as soon as its item is done."""
-        body = await _read(request, _SCORE, max_body_bytes)
-        return _Replies(gate.score_stream(body, timeout_s=_timeout_s(request)), _SCORE, request)
+        client = _client(request, auth.SCORE)
+        body = await _read(request, _SCORE, limits)
+        return _Replies(gate.score_stream(body, timeout_s=_timeout_s(request), client=client), _SCORE, request)
 
     @app.post(
         GENERATE.http_path,
@@ -99,8 +119,9 @@ def create_app(gate: Gate, metrics_text: Callable[[], bytes], *, max_body_bytes:
     )
     async def generate(request: Request) -> Response:
         """Continuations of every item; over protobuf each reply is sent as soon as its item is done."""
-        body = await _read(request, _GENERATE, max_body_bytes)
-        return _Replies(gate.generate_stream(body, timeout_s=_timeout_s(request)), _GENERATE, request)
+        client = _client(request, auth.GENERATE)
+        body = await _read(request, _GENERATE, limits)
+        return _Replies(gate.generate_stream(body, timeout_s=_timeout_s(request), client=client), _GENERATE, request)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -133,11 +154,37 @@ def create_app(gate: Gate, metrics_text: Callable[[], bytes], *, max_body_bytes:
         _log.error("unexpected failure", exc_info=error)
         return _error_response(request, EngineFailed(f"unexpected failure in the server: {type(error).__name__}"))
 
-    openai = openai_routes.OpenAIRoutes(gate, max_body_bytes=max_body_bytes)
-    app.router.routes.extend(Route(path, openai) for path in openai_routes.PATHS)
+    openai = openai_routes.OpenAIRoutes(gate, max_body_bytes=limits.max_message_bytes)
+    app.router.routes.extend(Route(path, openai) for path in openai_routes.SCOPES_OF)
 
-    app.openapi = lambda: _with_request_schemas(FastAPI.openapi(app))
+    app.openapi = lambda: _with_request_schemas(FastAPI.openapi(app), needs_token=bool(access.tokens))
     return app
+
+
+class _Guard:
+    """ASGI middleware: lets a request through with its Caller, or refuses it before its body is read."""
+
+    def __init__(self, app: ASGIApp, access: auth.Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self._app
+        if scope["path"] not in LIVENESS_PATHS:
+            request = Request(scope)
+            try:
+                request.state.caller = self._access.caller(request.headers.getlist(AUTHORIZATION))
+            except TeacherError as error:
+                answer = _error_response(request, error)
+        await answer(scope, receive, send)
+
+
+def _client(request: Request, scope: str) -> str:
+    """The name of the caller, which has this scope."""
+    caller: auth.Caller = request.state.caller
+    caller.require(scope)
+    address = request.client.host if request.client else ""
+    return caller.client(",".join(request.headers.getlist(CLIENT_HEADER)), address)
 
 
 class _Replies(Response):
@@ -191,8 +238,9 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def _read(request: Request, form: _Form, max_body_bytes: int) -> Any:
+async def _read(request: Request, form: _Form, limits: Limits) -> Any:
     """The request's record; InvalidRequest on another content type, too many bytes or a body that is no request."""
+    max_body_bytes = limits.max_message_bytes
     content_type = request.headers.get("content-type", "").partition(";")[0].strip()
     readers = {PROTOBUF_TYPE: form.from_protobuf, JSON_TYPE: form.from_json}
     if content_type not in readers:
@@ -201,19 +249,21 @@ async def _read(request: Request, form: _Form, max_body_bytes: int) -> Any:
         )
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_body_bytes:
-        raise _too_large(declared, max_body_bytes)
+        raise too_large(declared, max_body_bytes)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_body_bytes:
-            raise _too_large(f"more than {max_body_bytes}", max_body_bytes)
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_body_bytes:
+                    raise too_large(f"more than {max_body_bytes}", max_body_bytes)
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"{len(body)} bytes of the body came within {limits.body_timeout_s:g} s and more is to come; send it faster"
+        ) from None
     data = bytes(body)
     check_body(data, request.headers.get(BODY_CRC_HEADER))
     return readers[content_type](data)
-
-
-def _too_large(num_bytes: str, max_body_bytes: int) -> InvalidRequest:
-    return InvalidRequest(f"the request has {num_bytes} bytes; the limit is {max_body_bytes}; send fewer items")
 
 
 def _timeout_s(request: Request) -> float | None:
@@ -235,6 +285,8 @@ def _speaks_protobuf(request: Request) -> bool:
 
 def _error_response(request: Request, error: TeacherError) -> Response:
     headers = {} if error.retry_after_s is None else {"retry-after": str(math.ceil(error.retry_after_s))}
+    if isinstance(error, Unauthenticated):
+        headers["www-authenticate"] = "Bearer"
     if _speaks_protobuf(request):
         return Response(codec.encode_error(error), error.row.http_status, headers, PROTOBUF_TYPE)
     body = json_models.ErrorReplyJson(error=json_models.error_to_json(error)).model_dump_json()
@@ -261,10 +313,13 @@ def _request_body(form: _Form) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def _with_request_schemas(document: dict[str, Any]) -> dict[str, Any]:
+def _with_request_schemas(document: dict[str, Any], *, needs_token: bool) -> dict[str, Any]:
     _, schemas = models_json_schema(
         [(_SCORE.json_request, "validation"), (_GENERATE.json_request, "validation")],
         ref_template="#/components/schemas/{model}",
     )
     document["components"]["schemas"] |= schemas["$defs"]
+    if needs_token:
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"token": []}]
     return document

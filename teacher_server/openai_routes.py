@@ -9,10 +9,18 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protos.errors import InvalidRequest
+from teacher_server.auth import GENERATE, SCORE, Caller
 from teacher_server.gate import Gate
 
-PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
-"""All that is let through to the engine's own application: nothing that administers it."""
+SCOPES_OF = {
+    "/v1/models": (),
+    "/v1/completions": (SCORE, GENERATE),
+    "/v1/chat/completions": (SCORE, GENERATE),
+    "/tokenize": (),
+    "/detokenize": (),
+}
+"""All that is let through to the engine's own application, nothing that administers it; and what a caller needs there.
+Both scopes where the body, which is not read here, decides between writing and scoring (`prompt_logprobs`)."""
 
 ABSENT = (
     "this server has no OpenAI-compatible endpoints; serve with --engine vllm --openai, "
@@ -32,7 +40,15 @@ class OpenAIRoutes:
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises NotReady while the gate is closed; what is inside counts as in flight until its answer is sent."""
+        """Passes the request on; what is inside counts as in flight until its answer is sent.
+
+        Raises:
+            PermissionDenied: the caller lacks a scope of the path's.
+            NotReady: the gate is closed.
+        """
+        caller: Caller = scope["state"]["caller"]
+        for needed in SCOPES_OF[scope["path"]]:
+            caller.require(needed)
         with self._gate.entered() as opened:
             app: ASGIApp = opened.openai or _absent()
             await app(scope, self._bounded(receive), send)

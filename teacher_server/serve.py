@@ -15,14 +15,19 @@ from pathlib import Path
 import structlog
 from starlette.types import ASGIApp
 
+from protos.credentials import is_loopback
 from teacher_server.admission import Admission
+from teacher_server.auth import Access
 from teacher_server.config import ServeConfig, StartError
 from teacher_server.core import TeacherCore
 from teacher_server.engines.base import Engine
 from teacher_server.gate import Gate
+from teacher_server.limits import Limits
 from teacher_server.listeners import Listeners
 from teacher_server.metrics import Metrics
+from teacher_server.tls import ServerTls
 from teacher_server.tokenizer import ChatTokenizer
+from teacher_server.tokens import TOKENS_VARIABLE, load_access
 
 LAST_WORDS_S = 2.0
 """For answers that are already decided to reach their clients before the listeners close."""
@@ -49,8 +54,19 @@ async def _serve(config: ServeConfig) -> int:
     stop = asyncio.Event()
     _stop_on_signals(stop)
     gate, metrics = Gate(), Metrics()
+    access = load_access(
+        config.tokens, os.environ.pop(TOKENS_VARIABLE, None)
+    )  # the engine's processes inherit the rest
+    _warn_of_open_doors(config, access)
     listeners = await Listeners.start(
-        gate, metrics, host=config.host, http_port=config.http_port, grpc_port=config.grpc_port
+        gate,
+        metrics,
+        host=config.host,
+        http_port=config.http_port,
+        grpc_port=config.grpc_port,
+        access=access,
+        tls=_tls(config),
+        limits=Limits(max_message_bytes=config.max_message_mib * 2**20),
     )
     _log.info("listening", http_url=listeners.http_url, grpc_url=listeners.grpc_url)
     try:
@@ -159,6 +175,28 @@ async def _openai_app(engine: Engine, teachers: tuple[str, ...]) -> ASGIApp | No
 
     assert isinstance(engine, VllmEngine)
     return await engine.openai_app(teachers)
+
+
+def _tls(config: ServeConfig) -> ServerTls | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return ServerTls(config.tls_cert, config.tls_key, config.tls_client_ca)
+
+
+def _warn_of_open_doors(config: ServeConfig, access: Access) -> None:
+    """Says what others on the network can do; a container must listen on 0.0.0.0, so it is not for us to refuse."""
+    if is_loopback(config.host):
+        return
+    if not access.tokens and config.tls_client_ca is None:
+        _log.warning(
+            "anyone who reaches this address can score and generate; give --tokens FILE, or --tls-client-ca",
+            host=config.host,
+        )
+    if access.tokens and config.tls_cert is None:
+        _log.warning(
+            "tokens cross the network in plaintext; give --tls-cert and --tls-key, or put TLS in front",
+            host=config.host,
+        )
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:

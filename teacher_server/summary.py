@@ -15,6 +15,7 @@ class Summary:
 
     request_id: str
     operation: str
+    client: str
     error: str
     num_items: int
     num_failed: int
@@ -28,9 +29,10 @@ class Summary:
 class Tally:
     """Counts one request's outcomes."""
 
-    def __init__(self, operation: str, num_items: int) -> None:
+    def __init__(self, operation: str, client: str, num_items: int) -> None:
         self.error = ""
         self._operation = operation
+        self._client = client
         self._num_items = num_items
         self._num_failed = 0
         self._num_context_tokens = 0
@@ -57,6 +59,7 @@ class Tally:
         return Summary(
             request_id=uuid.uuid4().hex[:12],
             operation=self._operation,
+            client=self._client,
             error=self.error,
             num_items=self._num_items,
             num_failed=self._num_items if self.error else self._num_failed,

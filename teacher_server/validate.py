@@ -30,6 +30,13 @@ from teacher_server.privileged import Context
 MAX_SAMPLES = 1024
 """Continuations of one item: a bound on what one reply can hold."""
 
+MAX_STOP_IDS = 1024
+"""Of one item; the engine compares each new token with all of them."""
+
+MAX_CHARS_PER_TOKEN = 128
+"""The longest tokens in use are runs of 128 blanks; a text with more characters than a whole context of those cannot
+fit, and is refused before the tokenizer spends minutes on it."""
+
 
 def check_request(request: ScoreRequest | GenerateRequest, info: TeacherInfo) -> None:
     """Raises InvalidRequest on no or too many items, Conflict on weights older than asked for."""
@@ -84,6 +91,10 @@ def check_generate_item(item: GenerateItem, info: TeacherInfo) -> None:
     """Raises InvalidRequest or UnknownTeacher on the first field that `info` does not allow."""
     _check_source(item, info)
     _check_ids("prefix_ids", item.prefix_ids, info)
+    if len(item.stop_token_ids) > MAX_STOP_IDS:
+        raise InvalidRequest(
+            f"{len(item.stop_token_ids)} stop ids; send at most {MAX_STOP_IDS}", field="stop_token_ids"
+        )
     _check_ids("stop_token_ids", np.array(item.stop_token_ids, np.int64), info)
     if item.max_new_tokens < 1:
         raise InvalidRequest(f"max_new_tokens is {item.max_new_tokens}; it must be at least 1", field="max_new_tokens")
@@ -119,7 +130,7 @@ def check_fits(context: Context, num_new_tokens: int, what: str, info: TeacherIn
 
 
 def _check_source(item: ScoreItem | GenerateItem, info: TeacherInfo) -> None:
-    """The parts that both kinds of item share: who answers, the prompt and the privileged ids."""
+    """The parts that both kinds of item share: who answers, the prompt and what is privileged."""
     if item.teacher and item.teacher not in info.teachers:
         raise UnknownTeacher(
             f"no teacher {item.teacher[:80]!r} here; served: {', '.join(info.teachers)}", field="teacher"
@@ -129,6 +140,20 @@ def _check_source(item: ScoreItem | GenerateItem, info: TeacherInfo) -> None:
     privileged: Privileged | None = item.privileged
     if isinstance(privileged, PrivilegedIds):
         _check_ids("privileged.ids", privileged.ids, info)
+    _check_num_chars(item.prompt, privileged, info)
+
+
+def _check_num_chars(prompt: Int32 | Chat, privileged: Privileged | None, info: TeacherInfo) -> None:
+    messages = prompt.messages if isinstance(prompt, Chat) else ()
+    num_chars = sum(len(message.role) + len(message.content) for message in messages)
+    if privileged is not None and not isinstance(privileged, PrivilegedIds):
+        num_chars += len(privileged.text)
+    limit = MAX_CHARS_PER_TOKEN * info.max_context_tokens
+    if num_chars > limit:
+        raise ContextTooLong(
+            f"the text has {num_chars} characters; a context of {info.max_context_tokens} tokens takes at most "
+            f"{limit}; nothing is truncated, send less"
+        )
 
 
 def _check_ids(field: str, ids: Int32 | np.ndarray, info: TeacherInfo, *, lowest: int = 0) -> None:

@@ -7,18 +7,22 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from protos.client import Teacher, connect
+from protos.credentials import Tls
 from protos.pool import PoolOptions, TeacherPool
-from protos.service import TeacherService
 from teacher_server.admission import Admission
+from teacher_server.auth import OPEN, Access
 from teacher_server.core import TeacherCore
 from teacher_server.engines.base import Continuations, Engine, EngineInfo, GenerateTask, ScoreRows, ScoreTask
-from teacher_server.gate import Gate
+from teacher_server.gate import Core, Gate
+from teacher_server.limits import DEFAULT_LIMITS, Limits
 from teacher_server.listeners import Listeners
 from teacher_server.metrics import Metrics
+from teacher_server.tls import ServerTls
 from teacher_server.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,27 +63,43 @@ class Server:
         urls = {"http": self.listeners.http_url, "grpc": self.listeners.grpc_url}
         return ",".join(urls.values()) if scheme == "pool" else urls[scheme]
 
-    def connect(self, scheme: str) -> Teacher:
+    def connect(self, scheme: str, *, token: str | None = None, tls: Tls | None = None) -> Teacher:
         if scheme == "pool":
             # Split from the first token on, so that both replicas answer every request of two items or more.
-            return TeacherPool(self.url(scheme), connect, PoolOptions(min_part_tokens=1))
-        return connect(self.url(scheme))
+            return TeacherPool(self.url(scheme), partial(connect, token=token, tls=tls), PoolOptions(min_part_tokens=1))
+        return connect(self.url(scheme), token=token, tls=tls)
 
 
-async def start_server(service: TeacherService | None, metrics: Metrics | None = None) -> Server:
-    """A ready server over `service`, or one that is still loading."""
+async def start_server(
+    core: Core | None,
+    metrics: Metrics | None = None,
+    *,
+    access: Access = OPEN,
+    tls: ServerTls | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Server:
+    """A ready server over `core`, or one that is still loading."""
     gate, metrics = Gate(), metrics or Metrics()
-    listeners = await Listeners.start(gate, metrics, host="127.0.0.1", http_port=0, grpc_port=0)
-    if service is not None:
-        gate.open(service)
+    listeners = await Listeners.start(
+        gate, metrics, host="127.0.0.1", http_port=0, grpc_port=0, access=access, tls=tls, limits=limits
+    )
+    if core is not None:
+        gate.open(core)
         await listeners.set_ready(True)
     return Server(gate, listeners)
 
 
 @asynccontextmanager
-async def serving(service: TeacherService | None, metrics: Metrics | None = None) -> AsyncIterator[Server]:
+async def serving(
+    core: Core | None,
+    metrics: Metrics | None = None,
+    *,
+    access: Access = OPEN,
+    tls: ServerTls | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> AsyncIterator[Server]:
     """`start_server`, stopped at the end."""
-    server = await start_server(service, metrics)
+    server = await start_server(core, metrics, access=access, tls=tls, limits=limits)
     try:
         yield server
     finally:

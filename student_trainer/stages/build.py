@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from protos.credentials import Tls
 from student_trainer.config import OpdStage, OpsdStage, SftStage, TrainConfig
 from student_trainer.privileged import privileged_of
 from student_trainer.rollout.base import SamplingParams
@@ -39,6 +40,7 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
         config.teacher.url,
         temperature=rollout.temperature,
         timeout_s=config.teacher.timeout_s,
+        tls=Tls(ca=config.teacher.ca) if config.teacher.ca else None,
         privileged=privileged_of(stage.privileged) if stage.privileged else None,
     )
     try:

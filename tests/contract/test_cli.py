@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 
 from protos.client import Teacher, connect
-from protos.errors import NotReady
+from protos.credentials import Tls
+from protos.errors import NotReady, PermissionDenied, Unauthenticated
 from protos.records import GenerateItem, GenerateRequest, ScoreItem
+from tests.authority import Authority
 from tests.harness import ROOT, LoopThread
 
 PROGRAM = [sys.executable, "-m", "teacher_server"]
@@ -60,6 +62,10 @@ def test_help_is_quick_and_light() -> None:
         (["--engine", "llama"], ["llama", "transformers"]),
         (["--http-port", "70000"], ["http_port is 70000", "65535"]),
         (["--threads", "0"], ["threads is 0"]),
+        (["--tls-cert", "a.pem"], ["tls_cert is a.pem and tls_key is absent; give both"]),
+        (["--tls-key", "a.key"], ["tls_key is a.key and tls_cert is absent; give both"]),
+        (["--tls-client-ca", "ca.pem"], ["tls_client_ca is ca.pem and tls_cert is absent"]),
+        (["--max-message-mib", "257"], ["max_message_mib is 257", "256"]),
     ],
 )
 def test_a_bad_flag_is_one_sentence(args: list[str], words: list[str]) -> None:
@@ -68,6 +74,27 @@ def test_a_bad_flag_is_one_sentence(args: list[str], words: list[str]) -> None:
 
 def test_a_missing_folder_is_one_sentence() -> None:
     assert_one_sentence(finish("serve", "--model", "/no/such/model"), "no model folder /no/such/model")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--tokens", "/no/such/file"], ["--tokens /no/such/file: No such file"]),
+        (
+            ["--tls-cert", "/no/such.pem", "--tls-key", "/no/such.key"],
+            ["cannot use --tls-cert /no/such.pem", "No such"],
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_sentence(tiny_model: Path, args: list[str], words: list[str]) -> None:
+    assert_one_sentence(finish("serve", "--model", str(tiny_model), "--engine", "transformers", *args), *words)
+
+
+def test_an_open_door_is_warned_of(tiny_model: Path) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:  # so that the server ends at once
+        args = ("--engine", "transformers", "--host", "0.0.0.0", "--http-port", str(taken.getsockname()[1]))
+        done = finish("serve", "--model", str(tiny_model), *args)
+    assert "anyone who reaches this address can score and generate" in done.stderr
 
 
 @pytest.mark.slow
@@ -164,6 +191,44 @@ def test_the_log_has_one_line_a_request(run: LoopThread, process: Process) -> No
     )
     assert line["request_id"]
     assert line["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_a_guarded_server_never_logs_a_token(run: LoopThread, tiny_model: Path, tmp_path: Path) -> None:
+    secret, wrong = "correct-horse-battery-staple", "a-wrong-token-of-some-length"
+    tokens, authority = tmp_path / "tokens.toml", Authority(tmp_path / "tls")
+    tokens.write_text(f'trainer = {{ token = "{secret}", scopes = ["score"] }}')
+    tokens.chmod(0o600)
+    cert, key = map(str, authority.server)
+    args = ("--engine", "transformers", "--threads", "1", "--http-port", "0", "--grpc-port", "0")
+    args += ("--tokens", str(tokens), "--tls-cert", cert, "--tls-key", key)
+    process = Process(tiny_model, tmp_path, *args)
+
+    async def scenario(url: str) -> None:
+        tls = Tls(ca=authority.ca)
+        item, text = ScoreItem(np.array([1], np.int32), np.array([2], np.int32)), GenerateItem(np.array([1], np.int32))
+        async with connect(url, token=secret, tls=tls) as teacher:
+            assert (await teacher.score([item]))[0].num_tokens == 1
+            with pytest.raises(PermissionDenied):
+                await teacher.generate([text])
+        async with connect(url, token=wrong, tls=tls) as teacher:
+            with pytest.raises(Unauthenticated):
+                await teacher.score([item])
+
+    try:
+        for url in (process.ready["http_url"], process.ready["grpc_url"]):
+            run(scenario(url))
+        os.kill(process.process.pid, signal.SIGTERM)
+        assert process.process.wait(30) == 0, process.log.read_text()
+    finally:
+        if process.process.poll() is None:
+            process.process.kill()
+        process.process.wait()
+    written = process.log.read_text()
+    assert '"client": "trainer"' in written
+    assert "warning" not in written
+    assert secret not in written
+    assert wrong not in written
 
 
 @pytest.mark.slow

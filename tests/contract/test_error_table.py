@@ -42,7 +42,9 @@ class Failing:
     async def info(self) -> TeacherInfo:
         raise self.whole or AssertionError("only a whole failure is asked for its info")
 
-    async def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
+    async def score_stream(
+        self, request: ScoreRequest, *, timeout_s: float | None = None, client: str = ""
+    ) -> ScoreStream:
         none = np.empty((2, 0), np.float32)
         for index in self._indices(request):
             yield (
@@ -55,7 +57,9 @@ class Failing:
             assert self.in_band is not None
             yield index, self.in_band
 
-    async def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
+    async def generate_stream(
+        self, request: GenerateRequest, *, timeout_s: float | None = None, client: str = ""
+    ) -> GenerateStream:
         for index in self._indices(request):
             yield index, GenerateResult((Sample(IDS, np.zeros(2, np.float32), "stop", ""),), 0, 2, 0, 0.0, 0.0)
         for index in range(1, len(request.items)):
@@ -168,12 +172,14 @@ class Wrong:
     async def info(self) -> TeacherInfo:
         raise EngineFailed("not asked for")
 
-    async def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
+    async def score_stream(
+        self, request: ScoreRequest, *, timeout_s: float | None = None, client: str = ""
+    ) -> ScoreStream:
         for reply in self.replies:
             yield reply
 
     async def generate_stream(
-        self, request: GenerateRequest, *, timeout_s: float | None = None
+        self, request: GenerateRequest, *, timeout_s: float | None = None, client: str = ""
     ) -> AsyncGenerator[tuple[int, GenerateResult | TeacherError], None]:
         raise EngineFailed("not asked for")
         yield  # makes this a generator

@@ -17,6 +17,7 @@ from protos.records import ScoreItem, ScoreRequest
 from protos.wire import BODY_CRC_HEADER, PROTOBUF_TYPE, body_crc
 from teacher_server.gate import Gate
 from teacher_server.http_app import create_app
+from teacher_server.limits import Limits
 from teacher_server.privileged import REFERENCE_TEMPLATES
 from tests.harness import LoopThread, Server
 
@@ -161,7 +162,7 @@ def test_an_oversize_body_is_refused_with_both_numbers(run: LoopThread) -> None:
         yield b"x" * 80
 
     async def scenario() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(create_app(Gate(), bytes, max_body_bytes=100))
+        transport = httpx.ASGITransport(create_app(Gate(), bytes, limits=Limits(max_message_bytes=100)))
         headers = {"content-type": PROTOBUF_TYPE}
         async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
             declared = client.post("/v1/score", content=b"x" * 101, headers=headers)

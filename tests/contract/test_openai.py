@@ -38,7 +38,8 @@ from student_trainer.scoring import Scorer, TeacherMismatch, Wanted
 from teacher_server.engines.base import Engine
 from teacher_server.gate import Gate
 from teacher_server.http_app import create_app
-from teacher_server.openai_routes import PATHS
+from teacher_server.limits import Limits
+from teacher_server.openai_routes import SCOPES_OF
 from tests.harness import LoopThread, Server, core_over, serving, start_server
 from tests.tiny_model import VOCAB_SIZE, byte_tokenizer
 
@@ -212,7 +213,7 @@ def test_a_server_that_loads_or_drains_is_not_ready(run: LoopThread) -> None:
     async def scenario() -> None:
         async with serving(None) as server, httpx.AsyncClient(base_url=server.url("http")) as http:
             for words in ("still loading", "draining"):
-                for path in (*PATHS, "/health"):
+                for path in (*SCOPES_OF, "/health"):
                     answer = await http.get(path)
                     assert answer.status_code == 503, path
                     assert words in answer.json()["error"]["message"]
@@ -224,7 +225,7 @@ def test_a_server_that_loads_or_drains_is_not_ready(run: LoopThread) -> None:
 def test_another_engine_says_so(run: LoopThread, transformers_server: Server) -> None:
     with httpx.Client(base_url=transformers_server.url("http")) as http:
         assert http.get("/health").status_code == 200
-        for path in PATHS:
+        for path in SCOPES_OF:
             answer = http.post(path, json={})
             assert answer.status_code == 404
             assert "serve with --engine vllm" in answer.json()["error"]["message"]
@@ -266,7 +267,7 @@ def test_a_body_has_a_limit(run: LoopThread, transformers_engine: Engine, tiny_m
     async def scenario() -> httpx.Response:
         gate = Gate()
         gate.open(core_over(transformers_engine, tiny_model), reading_app)
-        transport = httpx.ASGITransport(create_app(gate, bytes, max_body_bytes=100))
+        transport = httpx.ASGITransport(create_app(gate, bytes, limits=Limits(max_message_bytes=100)))
         async with httpx.AsyncClient(transport=transport, base_url="http://app") as http:
             return await http.post("/v1/completions", content=b"x" * 101)
 
