@@ -25,6 +25,8 @@ PROTOBUF_TYPE = "application/x-protobuf"
 JSON_TYPE = "application/json"
 TIMEOUT_HEADER = "x-timeout-s"
 """The caller's deadline over HTTP, in seconds from now; gRPC has its own."""
+REQUEST_ID_HEADER = "x-request-id"
+"""The request's id in the server's log: HTTP header or gRPC metadata, taken from the caller and sent back."""
 
 _MAX_VARINT_BYTES = 5
 

@@ -30,6 +30,8 @@ class ServeConfig:
         kv_cache_gib: Memory for the KV cache in GiB (vllm); what is free on the GPU when absent.
         threads: CPU threads of the engine; the libraries' own choice when absent.
         drain_timeout_s: Seconds that work in flight may take after SIGTERM.
+        otel_endpoint: The base URL of an OpenTelemetry collector that takes OTLP over HTTP, as in
+            http://localhost:4318; without it and without OTEL_EXPORTER_OTLP_ENDPOINT no spans are made.
         ready_file: A file to write {http_url, grpc_url, pid} to as JSON once the server is ready.
     """
 
@@ -51,6 +53,7 @@ class ServeConfig:
     kv_cache_gib: float | None = None
     threads: int | None = None
     drain_timeout_s: float = 30.0
+    otel_endpoint: str | None = None
     ready_file: Path | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +67,8 @@ class ServeConfig:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
         if self.kv_cache_gib is not None and self.kv_cache_gib <= 0:
             raise ValueError(f"kv_cache_gib is {self.kv_cache_gib}; it must be above 0")
+        if self.otel_endpoint is not None and not self.otel_endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otel_endpoint is {self.otel_endpoint!r}; it must be an http:// or https:// URL")
         if not self.name:
             raise ValueError("name is empty; it must have at least one character")
 

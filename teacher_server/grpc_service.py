@@ -16,6 +16,8 @@ from protos import codec
 from protos.errors import EngineFailed, TeacherError
 from protos.service import TeacherService
 from protos.wire import ERROR_METADATA_KEY, GENERATE, GET_INFO, GRPC_LIMITS, GRPC_SERVICE, SCORE
+from teacher_server.observation import Observe, current, phase
+from teacher_server.observers import ObservingInterceptor
 
 HEALTH_NAMES = ("", GRPC_SERVICE)
 
@@ -31,8 +33,8 @@ _log = structlog.get_logger()
 class GrpcListener:
     """A grpc.aio server over `service`, with health and reflection; not started."""
 
-    def __init__(self, service: TeacherService) -> None:
-        self.server = grpc.aio.server(options=_OPTIONS)
+    def __init__(self, service: TeacherService, observe: Observe) -> None:
+        self.server = grpc.aio.server(interceptors=(ObservingInterceptor(observe),), options=_OPTIONS)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         reflection.enable_server_reflection((GRPC_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
@@ -72,7 +74,9 @@ class _Methods:
             request = codec.decode_score_request(body)
             async with aclosing(self._service.score_stream(request, timeout_s=context.time_remaining())) as replies:
                 async for index, outcome in replies:
-                    yield codec.encode_score_reply(index, outcome)
+                    with phase("encode"):
+                        reply = codec.encode_score_reply(index, outcome)
+                    yield reply
         except Exception as error:
             await _abort(context, error)
 
@@ -81,7 +85,9 @@ class _Methods:
             request = codec.decode_generate_request(body)
             async with aclosing(self._service.generate_stream(request, timeout_s=context.time_remaining())) as replies:
                 async for index, outcome in replies:
-                    yield codec.encode_generate_reply(index, outcome)
+                    with phase("encode"):
+                        reply = codec.encode_generate_reply(index, outcome)
+                    yield reply
         except Exception as error:
             await _abort(context, error)
 
@@ -91,6 +97,7 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoRetur
     if not isinstance(error, TeacherError):
         _log.error("unexpected failure", exc_info=error)
         error = EngineFailed(f"unexpected failure in the server: {type(error).__name__}")
+    current().error = error.name
     await context.abort(
         grpc.StatusCode[error.row.grpc_code],
         str(error)[: codec.MAX_ERROR_CHARS],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import uvicorn
 
@@ -14,6 +14,8 @@ from teacher_server.gate import Gate
 from teacher_server.grpc_service import GrpcListener
 from teacher_server.http_app import create_app
 from teacher_server.metrics import Metrics
+from teacher_server.observation import Observation, Observe
+from teacher_server.observers import ObservedApp
 
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -40,15 +42,32 @@ class Listeners:
         self._metrics = metrics
 
     @classmethod
-    async def start(cls, gate: Gate, metrics: Metrics, *, host: str, http_port: int, grpc_port: int) -> Listeners:
-        """Binds both ports (0 picks a free one) and starts to answer; StartError names a port that cannot be had."""
+    async def start(
+        cls,
+        gate: Gate,
+        metrics: Metrics,
+        *,
+        host: str,
+        http_port: int,
+        grpc_port: int,
+        observers: Sequence[Observe] = (),
+    ) -> Listeners:
+        """Binds both ports (0 picks a free one) and starts to answer; StartError names a port that cannot be had.
+
+        Every request that has ended is handed to the metrics and to `observers`.
+        """
+
+        def observe(request: Observation) -> None:
+            for each in (metrics.observe, *observers):
+                each(request)
+
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             http_socket = socket.create_server((host, http_port), family=family)
         except OSError as error:
             raise StartError(f"cannot listen on {host}:{http_port} for HTTP: {error.strerror}") from error
         address = f"[{host}]" if ":" in host else host
-        grpc_listener = GrpcListener(gate)
+        grpc_listener = GrpcListener(gate, observe)
         try:
             grpc_port = grpc_listener.server.add_insecure_port(f"{address}:{grpc_port}")
         except RuntimeError as error:
@@ -57,9 +76,8 @@ class Listeners:
         await grpc_listener.set_ready(False)
         await grpc_listener.server.start()
 
-        http = _Uvicorn(
-            uvicorn.Config(create_app(gate, metrics.text), log_config=None, access_log=False, lifespan="off")
-        )
+        app = ObservedApp(create_app(gate, metrics.text), observe)
+        http = _Uvicorn(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
         local = _WILDCARDS.get(host, host)
         local = f"[{local}]" if ":" in local else local
         urls = (f"http://{local}:{http_socket.getsockname()[1]}", f"grpc://{local}:{grpc_port}")

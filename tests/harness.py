@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from teacher_server.engines.base import Continuations, Engine, EngineInfo, Gener
 from teacher_server.gate import Gate
 from teacher_server.listeners import Listeners
 from teacher_server.metrics import Metrics
+from teacher_server.observation import Observe
 from teacher_server.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,10 +61,12 @@ class Server:
         return connect(self.url(scheme))
 
 
-async def start_server(service: TeacherService | None, metrics: Metrics | None = None) -> Server:
+async def start_server(
+    service: TeacherService | None, metrics: Metrics | None = None, observers: Sequence[Observe] = ()
+) -> Server:
     """A ready server over `service`, or one that is still loading."""
     gate, metrics = Gate(), metrics or Metrics()
-    listeners = await Listeners.start(gate, metrics, host="127.0.0.1", http_port=0, grpc_port=0)
+    listeners = await Listeners.start(gate, metrics, host="127.0.0.1", http_port=0, grpc_port=0, observers=observers)
     if service is not None:
         gate.open(service)
         await listeners.set_ready(True)
@@ -71,9 +74,11 @@ async def start_server(service: TeacherService | None, metrics: Metrics | None =
 
 
 @asynccontextmanager
-async def serving(service: TeacherService | None, metrics: Metrics | None = None) -> AsyncIterator[Server]:
+async def serving(
+    service: TeacherService | None, metrics: Metrics | None = None, observers: Sequence[Observe] = ()
+) -> AsyncIterator[Server]:
     """`start_server`, stopped at the end."""
-    server = await start_server(service, metrics)
+    server = await start_server(service, metrics, observers)
     try:
         yield server
     finally:
@@ -87,7 +92,6 @@ def core_over(
     max_items: int = 64,
     max_top_k: int | None = None,
     admission: Admission | None = None,
-    metrics: Metrics | None = None,
 ) -> TeacherCore:
     """A core over `engine` with the tokenizer of `model`; must be called where the event loop runs."""
     return TeacherCore(
@@ -97,7 +101,6 @@ def core_over(
         teachers=("base", "same"),
         max_items=max_items,
         max_top_k=max_top_k,
-        observe=(metrics or Metrics()).observe,
     )
 
 
