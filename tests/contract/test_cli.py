@@ -43,10 +43,11 @@ def test_help_is_quick_and_light() -> None:
         "import sys\n"
         "from teacher_server.cli import app\n"
         "app.parse_args(['serve', '--model', 'x'])\n"
+        "app.parse_args(['bench', 'http://x:1', '--top-k', '3'])\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not {"torch", "vllm", "transformers", "fastapi", "grpc", "numpy"} & set(done.stdout.split())
+    assert not {"torch", "vllm", "transformers", "fastapi", "grpc", "httpx", "numpy"} & set(done.stdout.split())
     done = finish("serve", "--help")
     assert done.returncode == 0
     for flag in ("--model", "--name", "--engine", "--http-port", "--grpc-port", "--threads", "--ready-file"):
