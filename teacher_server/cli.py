@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
@@ -81,10 +82,14 @@ def check(url: str, /, config: Annotated[CheckConfig, _Flags] = CheckConfig()) -
     return ask.check(url, config)
 
 
-def main() -> None:
-    """The program: exits with 0 when all went well, 1 when it did not, 2 when it cannot start or was asked wrongly."""
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """The program: exits with 0 when all went well, 1 when it did not, 2 when it cannot start or was asked wrongly.
+
+    Args:
+        args: the command line behind the program's name; this process's own when None.
+    """
     try:
-        command, bound, _ = app.parse_args(exit_on_error=False, print_error=False)
+        command, bound, _ = app.parse_args(args, exit_on_error=False, print_error=False)
     except (CycloptsError, ValueError) as error:
         _refuse(error)
     try:

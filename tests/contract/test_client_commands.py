@@ -1,64 +1,79 @@
-"""`teacher-server info | score | bench | check`: a process that asks a real server, as a person does."""
+"""`teacher-server info | score | bench | check`: the program against a real server, as a person asks it."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import math
-import subprocess
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 
 from protos.errors import ContextTooLong, InvalidRequest
 from protos.records import Chat, Message, Reference, ScoreItem, TeacherInfo
 from teacher_server.bench import BenchResult, bench, random_item
+from teacher_server.cli import main
 from teacher_server.commands import BenchConfig
 from teacher_server.engines.base import Engine
 from teacher_server.wire_meter import WireMeter
-from tests.harness import ROOT, LoopThread, Server, core_over, serving
+from tests.harness import LoopThread, Server, core_over, serving
 
 
-def ask(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "teacher_server", *args],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+@dataclass
+class Done:
+    """A command that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
 
 
-def ask_json(*args: str) -> Any:
+Ask = Callable[..., Done]
+
+
+@pytest.fixture
+def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
+    """Runs a command in this process; what the server beside it logs is kept apart."""
+
+    def run_command(*args: str) -> Done:
+        capsys.readouterr()
+        with structlog.testing.capture_logs(), pytest.raises(SystemExit) as exited:
+            main(args)
+        assert isinstance(exited.value.code, int)
+        return Done(exited.value.code, *capsys.readouterr())
+
+    return run_command
+
+
+def as_json(ask: Ask, *args: str) -> Any:
     done = ask(*args, "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.stderr
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
-def test_info_as_a_table_and_as_json(transformers_server: Server, scheme: str) -> None:
+def test_info_as_a_table_and_as_json(ask: Ask, transformers_server: Server, scheme: str) -> None:
     url = transformers_server.url(scheme)
-    found = ask_json("info", url)
+    found = as_json(ask, "info", url)
     assert (found["teachers"], found["max_context_tokens"], found["engine"]) == (["base", "same"], 256, "transformers")
     table = ask("info", url)
-    assert table.returncode == 0
+    assert table.status == 0
     for words in (url, "base, same", "tokenizer: vocab size", "304", "exact temperature", "True"):
         assert words in table.stdout
 
 
-@pytest.mark.slow
 def test_score_shows_each_token_the_total_and_the_perplexity(
-    run: LoopThread, transformers_server: Server, tiny_model: Path
+    run: LoopThread, ask: Ask, transformers_server: Server, tiny_model: Path
 ) -> None:
     url = transformers_server.url("grpc")
     args = ("score", url, "--prompt", "2+2?", "--reference", "4", "--top-k", "3", "--temperature", "0.7")
     # One token a byte in the tiny model's tokenizer.
     args = (*args, "--completion", "four", "--tokenizer", str(tiny_model))
-    found = ask_json(*args)
+    found = as_json(ask, *args)
 
     async def expected() -> Any:
         async with transformers_server.connect("http") as teacher:
@@ -78,31 +93,29 @@ def test_score_shows_each_token_the_total_and_the_perplexity(
     assert found["num_context_tokens"] == result.num_context_tokens
 
     table = ask(*args)
-    assert table.returncode == 0
+    assert table.status == 0
     assert f"total {total:.4f} nats" in " ".join(table.stdout.split())
     assert f"{result.sampled_logprobs[0]:.4f}" in table.stdout
 
 
-@pytest.mark.slow
-def test_check_exits_with_1_above_the_bound(transformers_server: Server, tiny_model: Path) -> None:
+def test_check_exits_with_1_above_the_bound(ask: Ask, transformers_server: Server, tiny_model: Path) -> None:
     urls = f"{transformers_server.url('grpc')},{transformers_server.url('http')}"
-    found = ask_json("check", urls, "--reference", str(tiny_model), "--seed", "1")
+    found = as_json(ask, "check", urls, "--reference", str(tiny_model), "--seed", "1")
     assert found["passed"] is True
     assert {finding["verdict"] for finding in found["findings"]} == {"pass"}
     # float32 sums in another order differ by more than 1e-12 nats somewhere.
     strict = ask("check", urls, "--reference", str(tiny_model), "--seed", "1", "--bound", "1e-12")
-    assert strict.returncode == 1, strict.stderr
+    assert strict.status == 1, strict.stderr
     assert "FAIL" in strict.stdout
 
 
-@pytest.mark.slow
-def test_bench_prints_what_it_measured(transformers_server: Server) -> None:
+def test_bench_prints_what_it_measured(ask: Ask, transformers_server: Server) -> None:
     url = transformers_server.url("http")
     args = ("--requests", "6", "--in-flight", "2", "--completion-tokens", "20", "--top-k", "2")
-    found = ask_json("bench", url, *args)
+    found = as_json(ask, "bench", url, *args)
     assert (found["num_requests"], found["errors"]) == (6, {})
     table = ask("bench", url, *args)
-    assert table.returncode == 0
+    assert table.status == 0
     assert "scored tokens a second" in table.stdout
 
 
@@ -121,9 +134,9 @@ def test_bench_prints_what_it_measured(transformers_server: Server) -> None:
         (["score", "http://127.0.0.1:1", "--prompt-ids", "1;2", "--completion-ids", "1"], ["'1;2'", "as in 1,2,3"]),
     ],
 )
-def test_a_mistake_is_one_sentence(args: list[str], words: list[str]) -> None:
+def test_a_mistake_is_one_sentence(ask: Ask, args: list[str], words: list[str]) -> None:
     done = ask(*args)
-    assert done.returncode == 2, done.stderr
+    assert done.status == 2, done.stderr
     [sentence] = done.stderr.strip().splitlines()
     assert sentence.startswith("teacher-server: ")
     for word in words:
@@ -196,7 +209,8 @@ def test_bench_counts_errors_by_name(run: LoopThread, transformers_engine: Engin
         async with serving(core_over(FailingLater(), tiny_model)) as server:
             return await bench(server.url("grpc"), BenchConfig(requests=4, completion_tokens=5, top_k=1, seed=0))
 
-    result = run(scenario())
+    with structlog.testing.capture_logs():
+        result = run(scenario())
     assert (result.errors, result.num_requests, result.tokens_per_s) == ({"EngineFailed": 4}, 4, 0)
     assert result.p50_s is None
 
