@@ -105,6 +105,7 @@ def random_item(rng: np.random.Generator, info: TeacherInfo, config: BenchConfig
         top_k=config.top_k,
         candidate_ids=ids(config.completion_tokens, config.candidates) if config.candidates else None,
         teacher=config.teacher,
+        half_precision=config.half_precision,
     )
 
 

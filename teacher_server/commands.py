@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
+Flag = Annotated[bool, Parameter(negative="")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,7 @@ class BenchConfig:
         seconds: How long to ask; a request under way is waited for.
         requests: How many requests to ask, instead of a time.
         temperature: Of every item.
+        half_precision: Ask for log-probs as float16.
         teacher: The served name; the server's first when empty.
         timeout_s: Seconds after which a request has failed.
         seed: Of the ids; equal seeds send equal texts, which the teacher may have in its cache.
@@ -97,6 +99,7 @@ class BenchConfig:
     seconds: float = 10.0
     requests: int | None = None
     temperature: float = 1.0
+    half_precision: Flag = False
     teacher: str = ""
     timeout_s: float = 120.0
     seed: int | None = None

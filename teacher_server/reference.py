@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from protos.records import Float32, Int32
 from teacher_server.tokenizer import ChatTokenizer
@@ -16,6 +17,7 @@ class TransformersReference:
     """One causal language model on this machine's CPU; OSError or ValueError where it cannot be loaded."""
 
     def __init__(self, model: str, dtype: str) -> None:
+        disable_progress_bar()
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         self._model = loaded.eval()
         self.fingerprint = ChatTokenizer.load(model).fingerprint(loaded.get_output_embeddings().weight.shape[0])

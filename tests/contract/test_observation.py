@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import grpc.aio
@@ -312,38 +310,3 @@ def test_a_request_is_a_span_with_a_child_for_each_phase(
     # Without a traceparent a trace of its own; refused before the core, it went through no phase.
     assert refused.parent is None
     assert (refused.name, refused.status.is_ok, refused.status.description) == ("score", False, "InvalidRequest")
-
-
-def test_spans_reach_a_collector(run: LoopThread) -> None:
-    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
-    from teacher_server.tracing import Tracing
-
-    received: list[tuple[str, bytes]] = []
-
-    class Collector(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            received.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
-            self.send_response(200)
-            self.send_header("content-length", "0")
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            """Quiet."""
-
-    with HTTPServer(("127.0.0.1", 0), Collector) as collector:
-        answering = Thread(target=collector.serve_forever, daemon=True)
-        answering.start()
-        tracing = Tracing.to_collector(f"http://127.0.0.1:{collector.server_port}/")
-        observation = Observation("score")
-        observation.finish()
-        tracing.observe(observation)
-        tracing.close()
-        collector.shutdown()
-        answering.join()
-    [(path, body)] = received
-    assert path == "/v1/traces"
-    [spans] = ExportTraceServiceRequest.FromString(body).resource_spans
-    assert [span.name for span in spans.scope_spans[0].spans] == ["score"]
-    assert {a.key: a.value.string_value for a in spans.resource.attributes}["service.name"] == "teacher-server"
