@@ -8,7 +8,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ def score(url: str, config: ScoreConfig) -> int:
 def bench(url: str, config: BenchConfig) -> int:
     """Prints what a load came to; 1 where no request succeeded."""
     if config.seed is None:
-        config = BenchConfig(**(asdict(config) | {"seed": _new_seed()}))
+        config = replace(config, seed=_new_seed())
 
     async def ask() -> BenchResult:
         with _progress(config) as on_request:

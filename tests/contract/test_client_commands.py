@@ -45,7 +45,8 @@ def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
         with structlog.testing.capture_logs(), pytest.raises(SystemExit) as exited:
             main(args)
         assert isinstance(exited.value.code, int)
-        return Done(exited.value.code, *capsys.readouterr())
+        written = capsys.readouterr()
+        return Done(exited.value.code, written.out, written.err)
 
     return run_command
 
