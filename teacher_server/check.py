@@ -399,7 +399,7 @@ def _draw(rng: np.random.Generator, info: TeacherInfo, num_prompt: int, num_comp
     vocab_size = info.tokenizer.vocab_size
     prompt, completion = (rng.integers(0, vocab_size, n).astype(np.int32) for n in (num_prompt, num_completion))
     candidates = rng.integers(0, vocab_size, (num_completion, min(NUM_CANDIDATES, info.max_candidates)))
-    candidates[:, 0] = completion
+    candidates[:, :1] = completion[:, None]
     candidates[1::2, 1:][:, -1:] = PAD_ID
     return ScoreItem(
         prompt=prompt,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import inspect
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -65,28 +66,34 @@ class ObservingInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
-        """The handler of the call, observed where it is one of the operations."""
+        """The call's handler, or what an interceptor behind this one answers in its place; observed if an operation."""
         metadata: Any = handler_call_details.invocation_metadata
         headers = {key: value for key, value in metadata or () if isinstance(value, str)}
         observation = begin(_GRPC_OPERATIONS.get(handler_call_details.method, ""), headers)
         handler: Any = await continuation(handler_call_details)
         if not observation.operation:
             return handler
-        answer = handler.unary_stream
+        answer = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
-        async def observed(body: bytes, context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes, None]:
+        async def observed(request: Any, context: grpc.aio.ServicerContext) -> None:
             try:
                 await context.send_initial_metadata(((REQUEST_ID_HEADER, observation.request_id),))
-                async with aclosing(answer(body, context)) as replies:
+                replies = answer(request, context)
+                if not inspect.isasyncgen(replies):
+                    await replies
+                    return
+                async with aclosing(replies):
                     async for reply in replies:
-                        yield reply
-            except (asyncio.CancelledError, GeneratorExit):
+                        await context.write(reply)
+            except asyncio.CancelledError:
                 observation.error = "Cancelled"
                 raise
             finally:
                 _end(observation, self._observe)
 
-        return grpc.unary_stream_rpc_method_handler(observed)  # pyright: ignore[reportArgumentType]
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(observed)
+        return grpc.unary_stream_rpc_method_handler(observed)
 
 
 def _end(observation: Observation, observe: Observe) -> None:

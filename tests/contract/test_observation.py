@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 import grpc.aio
 import httpx
 import numpy as np
@@ -22,6 +23,7 @@ from teacher_server.admission import Admission
 from teacher_server.engines.base import Continuations, Engine, EngineInfo, GenerateTask, ScoreRows, ScoreTask
 from teacher_server.metrics import Metrics
 from teacher_server.observation import PHASES, Observation
+from teacher_server.observers import ObservingInterceptor
 from tests.harness import HeldEngine, LoopThread, Server, core_over, serving, until
 
 PROMPT = np.array([1, 2, 3], np.int32)
@@ -173,6 +175,30 @@ def test_refusals_before_the_core_are_counted(run: LoopThread, scheme: str) -> N
     found = run(scenario())
     assert value(found, "teacher_requests_total", operation="score", error="NotReady") == 1
     assert value(found, "teacher_requests_total", operation="score", error="InvalidRequest") == 1
+
+
+def test_a_refusal_by_an_interceptor_is_observed(run: LoopThread) -> None:
+    seen: list[Observation] = []
+
+    async def refuse(_: object, context: grpc.aio.ServicerContext) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no")
+
+    class Refusing(grpc.aio.ServerInterceptor):
+        async def intercept_service(self, continuation: Any, handler_call_details: Any) -> grpc.RpcMethodHandler:
+            return grpc.stream_stream_rpc_method_handler(refuse)
+
+    async def scenario() -> tuple[grpc.StatusCode, Any]:
+        server = grpc.aio.server(interceptors=(ObservingInterceptor(seen.append), Refusing()))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_stream("/teacher.v1.TeacherService/Score")(b"", metadata=(("x-request-id", "me"),))
+            answer = await call.code(), dict(await call.initial_metadata())["x-request-id"]
+        await server.stop(0)
+        return answer
+
+    assert run(scenario()) == (grpc.StatusCode.UNAUTHENTICATED, "me")
+    assert [observation.request_id for observation in seen] == ["me"]
 
 
 async def raw_score(
