@@ -37,6 +37,8 @@ BODY_CRC_HEADER = "x-body-crc32"
 """HTTP header and gRPC metadata key: CRC-32 of the serialised request, in decimal. TCP's 16-bit sum lets about one
 damaged segment in 65,536 through (Stone and Partridge, SIGCOMM 2000), and a flipped bit in a prompt's id would be
 scored as it stands."""
+REQUEST_ID_HEADER = "x-request-id"
+"""The request's id in the server's log: HTTP header or gRPC metadata, taken from the caller and sent back."""
 
 _MAX_VARINT_BYTES = 5
 

@@ -39,6 +39,8 @@ class ServeConfig:
         tls_key: Its key, PEM.
         tls_client_ca: The authority that clients' certificates must come from (mTLS), PEM.
         drain_timeout_s: Seconds that work in flight may take after SIGTERM.
+        otel_endpoint: The base URL of an OpenTelemetry collector that takes OTLP over HTTP, as in
+            http://localhost:4318; without it and without OTEL_EXPORTER_OTLP_ENDPOINT no spans are made.
         ready_file: A file to write {http_url, grpc_url, pid} to as JSON once the server is ready.
     """
 
@@ -65,6 +67,7 @@ class ServeConfig:
     kv_cache_gib: float | None = None
     threads: int | None = None
     drain_timeout_s: float = 30.0
+    otel_endpoint: str | None = None
     ready_file: Path | None = None
 
     def __post_init__(self) -> None:
@@ -89,6 +92,8 @@ class ServeConfig:
             raise ValueError(
                 f"tls_client_ca is {self.tls_client_ca} and tls_cert is absent; give tls_cert and tls_key too"
             )
+        if self.otel_endpoint is not None and not self.otel_endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otel_endpoint is {self.otel_endpoint!r}; it must be an http:// or https:// URL")
         if not self.name:
             raise ValueError("name is empty; it must have at least one character")
 

@@ -1,4 +1,4 @@
-"""The service itself: validate -> compose -> admit -> score -> stamp -> observe. It knows neither HTTP nor gRPC."""
+"""The service itself: validate -> compose -> admit -> score -> stamp. It knows neither HTTP nor gRPC."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from protos.verify import errors_held, first
 from teacher_server import validate
 from teacher_server.admission import Admission, Ticket
 from teacher_server.engines.base import Engine, EngineDeadError, GenerateTask, ScoreRows, ScoreTask
+from teacher_server.observation import current, phase
 from teacher_server.privileged import REFERENCE_TEMPLATES, Context, compose
-from teacher_server.summary import Summary, Tally
 
 _Result = TypeVar("_Result", ScoreResult, GenerateResult)
 
@@ -86,13 +86,11 @@ class TeacherCore:
         teachers: tuple[str, ...],
         max_items: int,
         max_top_k: int | None = None,
-        observe: Callable[[Summary], None] = lambda _: None,
     ) -> None:
         self.dead = asyncio.Event()
         self._engine = engine
         self._tokenizer = tokenizer
         self._admission = admission
-        self._observe = observe
         # One thread: chats must not block the event loop, and a tokenizer is not safe to share between threads.
         self._text_thread = ThreadPoolExecutor(1, "text")
         own = engine.info
@@ -123,13 +121,13 @@ class TeacherCore:
 
     def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None, client: str = "") -> ScoreStream:
         """See teacher_server.gate.Core."""
-        return self._stream("score", request, self._plan_score, timeout_s, client)
+        return self._stream(request, self._plan_score, timeout_s, client)
 
     def generate_stream(
         self, request: GenerateRequest, *, timeout_s: float | None = None, client: str = ""
     ) -> GenerateStream:
         """See teacher_server.gate.Core."""
-        return self._stream("generate", request, self._plan_generate, timeout_s, client)
+        return self._stream(request, self._plan_generate, timeout_s, client)
 
     def close(self) -> None:
         """Ends the tokenizer's thread; the engine is its owner's to close."""
@@ -137,19 +135,19 @@ class TeacherCore:
 
     async def _stream(
         self,
-        operation: str,
         request: ScoreRequest | GenerateRequest,
         plan: Callable[[Any, TeacherInfo], _Job[_Result]],
         timeout_s: float | None,
         client: str,
     ) -> AsyncGenerator[tuple[int, _Result | TeacherError], None]:
         loop = asyncio.get_running_loop()
-        started = loop.time()
-        deadline = None if timeout_s is None else started + timeout_s
-        tally = Tally(operation, client, len(request.items))
+        deadline = None if timeout_s is None else loop.time() + timeout_s
+        observation = current()
+        observation.client, observation.num_items = client, len(request.items)
         tasks: list[asyncio.Task[None]] = []
         try:
-            jobs = await loop.run_in_executor(self._text_thread, self._plan, request, plan)
+            with phase("compose"):
+                jobs = await loop.run_in_executor(self._text_thread, self._plan, request, plan)
             tickets = self._admission.admit([job.num_context_tokens + job.num_new_tokens for job in jobs], client)
             outcomes: asyncio.Queue[tuple[int, _Result | TeacherError]] = asyncio.Queue()
             tasks = [
@@ -158,19 +156,19 @@ class TeacherCore:
             ]
             async with aclosing(errors_held(first(outcomes, len(jobs)))) as replies:
                 async for index, outcome in replies:
-                    tally.add(outcome)
+                    item = request.items[index]
+                    observation.add(item.teacher or self._info.teachers[0], item, outcome)
                     yield index, outcome
         except TeacherError as error:
-            tally.error = error.name
+            observation.error = error.name
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            tally.error = "Cancelled"
+            observation.error = "Cancelled"
             raise
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._observe(tally.summary(loop.time() - started))
 
     def _plan(
         self, request: ScoreRequest | GenerateRequest, plan: Callable[[Any, TeacherInfo], _Job[_Result]]
@@ -219,8 +217,10 @@ class TeacherCore:
         timeout = asyncio.timeout_at(deadline)
         try:
             async with timeout:
-                await ticket.granted.wait()
-                outcome = await job.run(time.monotonic() - queued_at)
+                with phase("queue"):
+                    await ticket.granted.wait()
+                with phase("engine"):
+                    outcome = await job.run(time.monotonic() - queued_at)
         except TeacherError as error:
             outcome = error
         except ValueError as error:

@@ -31,6 +31,8 @@ from protos.wire import (
 from teacher_server import auth
 from teacher_server.gate import Gate
 from teacher_server.limits import Limits
+from teacher_server.observation import Observe, current, phase
+from teacher_server.observers import ObservingInterceptor
 
 HEALTH_NAMES = ("", GRPC_SERVICE)
 
@@ -43,13 +45,14 @@ _log = structlog.get_logger()
 class GrpcListener:
     """A grpc.aio server over `gate`, with health and reflection; not started."""
 
-    def __init__(self, gate: Gate, access: auth.Access, limits: Limits) -> None:
+    def __init__(self, gate: Gate, access: auth.Access, limits: Limits, observe: Observe) -> None:
         options = dict(GRPC_LIMITS) | {
             "grpc.max_receive_message_length": limits.max_message_bytes,
             # Without this two servers may share a port, and a port in use would not be noticed.
             "grpc.so_reuseport": 0,
         }
-        self.server = grpc.aio.server(options=tuple(options.items()), interceptors=(_Guard(access),))
+        interceptors = (ObservingInterceptor(observe), _Guard(access))
+        self.server = grpc.aio.server(options=tuple(options.items()), interceptors=interceptors)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         reflection.enable_server_reflection((GRPC_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
@@ -92,7 +95,9 @@ class _Methods:
             stream = self._gate.score_stream(request, timeout_s=context.time_remaining(), client=client)
             async with aclosing(stream) as replies:
                 async for index, outcome in replies:
-                    yield codec.encode_score_reply(index, outcome)
+                    with phase("encode"):
+                        reply = codec.encode_score_reply(index, outcome)
+                    yield reply
         except Exception as error:
             await _abort(context, error)
 
@@ -104,7 +109,9 @@ class _Methods:
             stream = self._gate.generate_stream(request, timeout_s=context.time_remaining(), client=client)
             async with aclosing(stream) as replies:
                 async for index, outcome in replies:
-                    yield codec.encode_generate_reply(index, outcome)
+                    with phase("encode"):
+                        reply = codec.encode_generate_reply(index, outcome)
+                    yield reply
         except Exception as error:
             await _abort(context, error)
 
@@ -166,6 +173,7 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoRetur
     if not isinstance(error, TeacherError):
         _log.error("unexpected failure", exc_info=error)
         error = EngineFailed(f"unexpected failure in the server: {type(error).__name__}")
+    current().error = error.name
     await context.abort(
         grpc.StatusCode[error.row.grpc_code],
         str(error)[: codec.MAX_ERROR_CHARS],

@@ -43,6 +43,7 @@ from protos.wire import (
 from teacher_server import auth, openai_routes
 from teacher_server.gate import Gate
 from teacher_server.limits import DEFAULT_LIMITS, Limits
+from teacher_server.observation import current, phase
 
 _log = structlog.get_logger()
 _INFO_JSON = TypeAdapter(TeacherInfo)
@@ -223,14 +224,18 @@ class _Replies(Response):
 async def _framed(replies: AsyncGenerator[tuple[int, Any], None], form: _Form) -> AsyncGenerator[bytes, None]:
     async with aclosing(replies):
         async for index, outcome in replies:
-            yield frame(form.to_protobuf(index, outcome))
+            with phase("encode"):
+                chunk = frame(form.to_protobuf(index, outcome))
+            yield chunk
 
 
 async def _as_one_json(replies: AsyncGenerator[tuple[int, Any], None], form: _Form) -> AsyncGenerator[bytes, None]:
     async with aclosing(replies):
         outcomes = {index: outcome async for index, outcome in replies}
-    body = form.json_replies(replies=[form.to_json(index, outcomes[index]) for index in sorted(outcomes)])
-    yield body.model_dump_json().encode()
+    with phase("encode"):
+        body = form.json_replies(replies=[form.to_json(index, outcomes[index]) for index in sorted(outcomes)])
+        chunk = body.model_dump_json().encode()
+    yield chunk
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -284,6 +289,7 @@ def _speaks_protobuf(request: Request) -> bool:
 
 
 def _error_response(request: Request, error: TeacherError) -> Response:
+    current().error = error.name
     headers = {} if error.retry_after_s is None else {"retry-after": str(math.ceil(error.retry_after_s))}
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"

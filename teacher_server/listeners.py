@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -17,6 +17,8 @@ from teacher_server.grpc_service import GrpcListener
 from teacher_server.http_app import create_app
 from teacher_server.limits import DEFAULT_LIMITS, Limits
 from teacher_server.metrics import Metrics
+from teacher_server.observation import Observation, Observe
+from teacher_server.observers import ObservedApp
 from teacher_server.tls import ServerTls
 
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -55,12 +57,20 @@ class Listeners:
         access: Access = OPEN,
         tls: ServerTls | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        observers: Sequence[Observe] = (),
     ) -> Listeners:
         """Binds both ports (0 picks a free one) and starts to answer.
+
+        Every request that has ended is handed to the metrics and to `observers`.
 
         Raises:
             StartError: a port cannot be had, or a file of `tls` cannot be used; the message names it.
         """
+
+        def observe(request: Observation) -> None:
+            for each in (metrics.observe, *observers):
+                each(request)
+
         tls_context = None if tls is None else tls.context()
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -68,7 +78,7 @@ class Listeners:
         except OSError as error:
             raise StartError(f"cannot listen on {host}:{http_port} for HTTP: {error.strerror}") from error
         address = f"[{host}]" if ":" in host else host
-        grpc_listener = GrpcListener(gate, access, limits)
+        grpc_listener = GrpcListener(gate, access, limits, observe)
         try:
             grpc_port = (
                 grpc_listener.server.add_insecure_port(f"{address}:{grpc_port}")
@@ -83,7 +93,7 @@ class Listeners:
 
         http = _Uvicorn(
             uvicorn.Config(
-                create_app(gate, metrics.text, access, limits),
+                ObservedApp(create_app(gate, metrics.text, access, limits), observe),
                 http=_Http,
                 ws="none",
                 lifespan="off",

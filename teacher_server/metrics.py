@@ -2,60 +2,88 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from typing import Protocol
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from teacher_server.summary import Summary
+from teacher_server.observation import Observation
 
-SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-"""From one cached prompt on a GPU to a long batch on a CPU."""
+SECONDS_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+"""From encoding one reply to a long batch on a CPU."""
 
 _log = structlog.get_logger()
 
 
+class Load(Protocol):
+    """How much work there is, in tokens."""
+
+    tokens_in_flight: int
+    tokens_queued: int
+
+
 class Metrics:
-    """Prometheus metrics in a registry of their own."""
+    """Prometheus metrics in a registry of their own; teachers are served names, so every label has few values."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        labels = ("operation",)
+        self._registry = registry = CollectorRegistry()
+        of_operation = ("operation",)
         self._requests = Counter(
-            "teacher_requests", "Requests by how they ended.", ("operation", "error"), registry=self._registry
+            "teacher_requests", "Requests by how they ended.", ("operation", "error"), registry=registry
         )
-        self._items = Counter("teacher_items", "Items asked for.", labels, registry=self._registry)
-        self._failed = Counter("teacher_failed_items", "Items that got an error.", labels, registry=self._registry)
+        self._items = Counter("teacher_items", "Items asked for.", of_operation, registry=registry)
+        self._failed = Counter(
+            "teacher_failed_items", "Items that got an error, by its name.", ("operation", "error"), registry=registry
+        )
         self._tokens = Counter(
             "teacher_tokens",
-            "Tokens by kind: context, cached (of the context), new (scored or written).",
+            "Tokens by kind: context, cached (part of context: their ratio is the hit rate), new (scored or written).",
             ("operation", "kind"),
-            registry=self._registry,
+            registry=registry,
+        )
+        self._scored = Counter(
+            "teacher_scored_tokens",
+            "Tokens scored, once for each support that was asked for.",
+            ("teacher", "support"),
+            registry=registry,
         )
         self._seconds = Histogram(
-            "teacher_request_seconds", "Whole requests.", labels, buckets=SECONDS_BUCKETS, registry=self._registry
+            "teacher_request_seconds", "Whole requests.", of_operation, buckets=SECONDS_BUCKETS, registry=registry
         )
-        self._queue_seconds = Histogram(
-            "teacher_queue_seconds",
-            "Longest wait of a request.",
-            labels,
+        self._phase_seconds = Histogram(
+            "teacher_phase_seconds",
+            "The time of a request in which at least one of its items was in the phase.",
+            ("operation", "phase"),
             buckets=SECONDS_BUCKETS,
-            registry=self._registry,
+            registry=registry,
         )
-        self.ready = Gauge("teacher_ready", "1 while work is taken.", registry=self._registry)
+        self._in_flight = Gauge("teacher_tokens_in_flight", "Tokens admitted to the engine.", registry=registry)
+        self._budget = Gauge("teacher_tokens_in_flight_budget", "How many may be admitted.", registry=registry)
+        self._queued = Gauge("teacher_tokens_queued", "Tokens that wait for admission.", registry=registry)
+        self.ready = Gauge("teacher_ready", "1 while work is taken.", registry=registry)
 
-    def observe(self, summary: Summary) -> None:
-        """Counts and logs one finished request."""
-        operation = summary.operation
-        self._requests.labels(operation, summary.error).inc()
-        self._items.labels(operation).inc(summary.num_items)
-        self._failed.labels(operation).inc(summary.num_failed)
-        self._tokens.labels(operation, "context").inc(summary.num_context_tokens)
-        self._tokens.labels(operation, "cached").inc(summary.num_cached_tokens)
-        self._tokens.labels(operation, "new").inc(summary.num_new_tokens)
-        self._seconds.labels(operation).observe(summary.seconds)
-        self._queue_seconds.labels(operation).observe(summary.queue_s)
-        _log.info("request", **asdict(summary))
+    def watch(self, load: Load, max_tokens_in_flight: int) -> None:
+        """Shows `load` and its budget from now on."""
+        self._in_flight.set_function(lambda: load.tokens_in_flight)
+        self._queued.set_function(lambda: load.tokens_queued)
+        self._budget.set(max_tokens_in_flight)
+
+    def observe(self, request: Observation) -> None:
+        """Counts and logs one request that has ended."""
+        operation = request.operation
+        self._requests.labels(operation, request.error).inc()
+        self._items.labels(operation).inc(request.num_items)
+        for error, num_items in request.failed.items():
+            self._failed.labels(operation, error).inc(num_items)
+        self._tokens.labels(operation, "context").inc(request.num_context_tokens)
+        self._tokens.labels(operation, "cached").inc(request.num_cached_tokens)
+        self._tokens.labels(operation, "new").inc(request.num_new_tokens)
+        for (teacher, support), num_tokens in request.scored.items():
+            self._scored.labels(teacher, support).inc(num_tokens)
+        self._seconds.labels(operation).observe(request.seconds)
+        for name, phase in request.phases.items():
+            self._phase_seconds.labels(operation, name).observe(phase.seconds)
+        _log.info("request", **request.log_line())
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""

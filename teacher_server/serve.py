@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 from starlette.types import ASGIApp
@@ -29,6 +30,10 @@ from teacher_server.tls import ServerTls
 from teacher_server.tokenizer import ChatTokenizer
 from teacher_server.tokens import TOKENS_VARIABLE, load_access
 
+if TYPE_CHECKING:
+    from teacher_server.tracing import Tracing
+
+OTEL_ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 LAST_WORDS_S = 2.0
 """For answers that are already decided to reach their clients before the listeners close."""
 
@@ -53,10 +58,9 @@ def run(config: ServeConfig) -> int:
 async def _serve(config: ServeConfig) -> int:
     stop = asyncio.Event()
     _stop_on_signals(stop)
-    gate, metrics = Gate(), Metrics()
-    access = load_access(
-        config.tokens, os.environ.pop(TOKENS_VARIABLE, None)
-    )  # the engine's processes inherit the rest
+    gate, metrics, tracing = Gate(), Metrics(), _tracing(config.otel_endpoint)
+    # The engine's processes inherit the environment.
+    access = load_access(config.tokens, os.environ.pop(TOKENS_VARIABLE, None))
     _warn_of_open_doors(config, access)
     listeners = await Listeners.start(
         gate,
@@ -67,6 +71,7 @@ async def _serve(config: ServeConfig) -> int:
         access=access,
         tls=_tls(config),
         limits=Limits(max_message_bytes=config.max_message_mib * 2**20),
+        observers=() if tracing is None else (tracing.observe,),
     )
     _log.info("listening", http_url=listeners.http_url, grpc_url=listeners.grpc_url)
     try:
@@ -74,14 +79,15 @@ async def _serve(config: ServeConfig) -> int:
     except BaseException:
         await listeners.stop(0)
         raise
+    admission = Admission(config.max_tokens_in_flight, config.max_queued_tokens)
+    metrics.watch(admission, config.max_tokens_in_flight)
     core = TeacherCore(
         engine,
         tokenizer,
-        Admission(config.max_tokens_in_flight, config.max_queued_tokens),
+        admission,
         teachers=(config.name,),
         max_items=config.max_items,
         max_top_k=config.max_top_k,
-        observe=metrics.observe,
     )
     try:
         openai = await _openai_app(engine, (await core.info()).teachers) if config.openai else None
@@ -90,6 +96,8 @@ async def _serve(config: ServeConfig) -> int:
         await listeners.stop(LAST_WORDS_S)
         core.close()
         await engine.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
 
 async def serve_core(
@@ -199,6 +207,17 @@ def _warn_of_open_doors(config: ServeConfig, access: Access) -> None:
         )
 
 
+def _tracing(endpoint: str | None) -> Tracing | None:
+    """Where spans go, or None where nothing names a collector; StartError without the extra `otel`."""
+    if endpoint is None and not any(map(os.environ.get, OTEL_ENDPOINT_VARIABLES)):
+        return None
+    try:
+        from teacher_server.tracing import Tracing
+    except ImportError as error:
+        raise StartError(f"OpenTelemetry is not installed ({error.name}); install the extra `otel`") from error
+    return Tracing.to_collector(endpoint)
+
+
 def _stop_on_signals(stop: asyncio.Event) -> None:
     """The first signal drains; a second one ends the process at once."""
     loop = asyncio.get_running_loop()
@@ -227,6 +246,7 @@ def _configure_log() -> None:
     renderer = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper("iso"),
             structlog.processors.format_exc_info,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from teacher_server.gate import Core, Gate
 from teacher_server.limits import DEFAULT_LIMITS, Limits
 from teacher_server.listeners import Listeners
 from teacher_server.metrics import Metrics
+from teacher_server.observation import Observe
 from teacher_server.tls import ServerTls
 from teacher_server.tokenizer import ChatTokenizer
 
@@ -77,11 +79,20 @@ async def start_server(
     access: Access = OPEN,
     tls: ServerTls | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    observers: Sequence[Observe] = (),
 ) -> Server:
     """A ready server over `core`, or one that is still loading."""
     gate, metrics = Gate(), metrics or Metrics()
     listeners = await Listeners.start(
-        gate, metrics, host="127.0.0.1", http_port=0, grpc_port=0, access=access, tls=tls, limits=limits
+        gate,
+        metrics,
+        host="127.0.0.1",
+        http_port=0,
+        grpc_port=0,
+        access=access,
+        tls=tls,
+        limits=limits,
+        observers=observers,
     )
     if core is not None:
         gate.open(core)
@@ -97,9 +108,10 @@ async def serving(
     access: Access = OPEN,
     tls: ServerTls | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    observers: Sequence[Observe] = (),
 ) -> AsyncIterator[Server]:
     """`start_server`, stopped at the end."""
-    server = await start_server(core, metrics, access=access, tls=tls, limits=limits)
+    server = await start_server(core, metrics, access=access, tls=tls, limits=limits, observers=observers)
     try:
         yield server
     finally:
@@ -113,7 +125,6 @@ def core_over(
     max_items: int = 64,
     max_top_k: int | None = None,
     admission: Admission | None = None,
-    metrics: Metrics | None = None,
 ) -> TeacherCore:
     """A core over `engine` with the tokenizer of `model`; must be called where the event loop runs."""
     return TeacherCore(
@@ -123,7 +134,6 @@ def core_over(
         teachers=("base", "same"),
         max_items=max_items,
         max_top_k=max_top_k,
-        observe=(metrics or Metrics()).observe,
     )
 
 
@@ -160,6 +170,31 @@ class HeldEngine:
             yield
         finally:
             self.num_active -= 1
+
+
+@contextmanager
+def collector() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+    """The URL of an OTLP collector, and the path and body of everything posted to it."""
+    received: list[tuple[str, bytes]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            """Quiet."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        answering = threading.Thread(target=server.serve_forever)
+        answering.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", received
+        finally:
+            server.shutdown()
+            answering.join()
 
 
 async def until(condition: Any, timeout_s: float = 10.0) -> None:

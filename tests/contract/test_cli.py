@@ -21,7 +21,7 @@ from protos.credentials import Tls
 from protos.errors import NotReady, PermissionDenied, Unauthenticated
 from protos.records import GenerateItem, GenerateRequest, ScoreItem
 from tests.authority import Authority
-from tests.harness import ROOT, LoopThread
+from tests.harness import ROOT, LoopThread, collector
 
 PROGRAM = [sys.executable, "-m", "teacher_server"]
 START_S = 90.0
@@ -45,19 +45,39 @@ def test_help_is_quick_and_light() -> None:
         "import sys\n"
         "from teacher_server.cli import app\n"
         "app.parse_args(['serve', '--model', 'x'])\n"
+        "app.parse_args(['bench', 'http://x:1', '--top-k', '3'])\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not {"torch", "vllm", "transformers", "fastapi", "grpc", "numpy"} & set(done.stdout.split())
+    assert not {"torch", "vllm", "transformers", "fastapi", "grpc", "httpx", "numpy"} & set(done.stdout.split())
     done = finish("serve", "--help")
     assert done.returncode == 0
     for flag in ("--model", "--name", "--engine", "--http-port", "--grpc-port", "--threads", "--ready-file"):
         assert flag in done.stdout
 
 
+def test_log_lines_carry_the_request_s_id_and_nothing_is_traced_unasked() -> None:
+    script = (
+        "import sys, structlog\n"
+        "from teacher_server import serve\n"
+        "serve._configure_log()\n"
+        "structlog.contextvars.bind_contextvars(request_id='caller-1')\n"
+        "structlog.get_logger().error('broken')\n"
+        "assert serve._tracing(None) is None\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, env=environment
+    )
+    assert json.loads(done.stderr)["request_id"] == "caller-1"
+    assert "opentelemetry" not in done.stdout.split()
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (["--otel-endpoint", "localhost:4318"], ["otel_endpoint is 'localhost:4318'", "http://"]),
         (["--bogus", "1"], ["--bogus"]),
         (["--engine", "llama"], ["llama", "transformers"]),
         (["--http-port", "70000"], ["http_port is 70000", "65535"]),
@@ -229,6 +249,35 @@ def test_a_guarded_server_never_logs_a_token(run: LoopThread, tiny_model: Path, 
     assert "warning" not in written
     assert secret not in written
     assert wrong not in written
+
+
+@pytest.mark.slow
+def test_spans_are_sent_before_the_process_ends(run: LoopThread, tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    with collector() as (url, received):
+        args = ("--engine", "transformers", "--threads", "1", "--http-port", "0", "--grpc-port", "0")
+        process = Process(tiny_model, tmp_path, *args, "--otel-endpoint", url)
+        try:
+
+            async def scenario() -> None:
+                async with connect(process.ready["grpc_url"]) as teacher:
+                    await teacher.score([ScoreItem(np.array([1, 2], np.int32), np.array([3], np.int32))])
+
+            run(scenario())
+            os.kill(process.process.pid, signal.SIGTERM)
+            assert process.process.wait(60) == 0, process.log.read_text()
+        finally:
+            if process.process.poll() is None:
+                process.process.kill()
+            process.process.wait()
+    [(path, body)] = received
+    assert path == "/v1/traces"
+    [spans] = ExportTraceServiceRequest.FromString(body).resource_spans
+    names = [span.name for scope in spans.scope_spans for span in scope.spans]
+    assert sorted(names) == ["compose", "encode", "engine", "queue", "score"]
+    assert {a.key: a.value.string_value for a in spans.resource.attributes}["service.name"] == "teacher-server"
 
 
 @pytest.mark.slow

@@ -330,7 +330,7 @@ def test_a_server_that_stops_mid_stream_is_not_ready(
 def test_what_happened_is_counted(run: LoopThread, transformers_engine: Engine, tiny_model: Path) -> None:
     async def scenario() -> str:
         metrics = Metrics()
-        core = core_over(transformers_engine, tiny_model, metrics=metrics)
+        core = core_over(transformers_engine, tiny_model)
         async with serving(core, metrics) as server, server.connect("grpc") as teacher:
             await teacher.score([ITEM, ITEM])
             with pytest.raises(InvalidRequest):
