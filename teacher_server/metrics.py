@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from teacher_server.admission import Admission
+from teacher_server.engines.base import Engine
 from teacher_server.summary import Summary
 
 SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -43,6 +46,17 @@ class Metrics:
             registry=self._registry,
         )
         self.ready = Gauge("teacher_ready", "1 while work is taken.", registry=self._registry)
+        ProcessCollector(registry=self._registry)
+
+    def watch(self, admission: Admission, engine: Engine) -> None:
+        """Shows, whenever the metrics are read, what the server holds at that moment: what a leak would show in."""
+        for name, text, value in (
+            ("teacher_queued_tokens", "Tokens that wait for the engine.", lambda: admission.tokens_queued),
+            ("teacher_tokens_in_flight", "Tokens in the engine.", lambda: admission.tokens_in_flight),
+            ("teacher_engine_requests", "Requests that the engine holds.", lambda: engine.num_unfinished),
+            ("teacher_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks())),
+        ):
+            Gauge(name, text, registry=self._registry).set_function(value)
 
     def observe(self, summary: Summary) -> None:
         """Counts and logs one finished request."""
@@ -58,5 +72,5 @@ class Metrics:
         _log.info("request", **asdict(summary))
 
     def text(self) -> bytes:
-        """The metrics in Prometheus' text format."""
+        """The metrics in Prometheus' text format; to be called in the event loop."""
         return generate_latest(self._registry)
