@@ -58,6 +58,7 @@ types: $(STAMP) ## pyright
 
 bench: $(STAMP) ## the benchmarks, on a quiet machine
 	$(BIN)/python -m tests.bench.scoring
+	$(BIN)/python -m tests.bench.soak
 
 protos: $(STAMP) ## regenerate the gRPC code from teacher.proto
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. protos/teacher/v1/teacher.proto

@@ -92,7 +92,7 @@ class ScoreItem:
     Attributes:
         prompt: the prompt's ids, int32 [N], or a chat to be rendered.
         completion_ids: int32 [T], appended to the context verbatim, never re-tokenised.
-        temperature: log-probs are log_softmax(logits / temperature), for any finite value above 0.
+        temperature: log-probs are log_softmax(logits / temperature), for any value from 1e-30 to 1e30.
         top_k: how many of the teacher's most likely ids to return; 0 asks for none.
         candidate_ids: the caller's own ids, int32 [T, M], PAD_ID pads; None asks for none.
         entropy: whether to return the entropy of the teacher's distribution at this temperature.
@@ -166,7 +166,7 @@ class GenerateItem:
         prompt: the prompt's ids, int32 [N], or a chat to be rendered.
         prefix_ids: int32 [P], the part of the answer already written; appended verbatim.
         max_new_tokens: tokens to write at most, at least 1.
-        temperature: 0 is greedy; else any finite value above 0.
+        temperature: 0 is greedy; else from 1e-30 to 1e30, and what the engine samples at.
         top_p, top_k: nucleus and top-k sampling; 1.0 and 0 keep everything.
         num_samples: independent continuations.
         seed: each sample has a stream of random numbers of its own, derived from the seed alone, so what else is in the

@@ -129,6 +129,16 @@ class TeacherCore:
         """See teacher_server.gate.Core."""
         return self._stream(request, self._plan_generate, timeout_s, client)
 
+    async def died(self) -> None:
+        """Returns once the engine is gone, noticed by a request or, while there is none, by the engine's own watch."""
+        watches = [asyncio.create_task(self.dead.wait()), asyncio.create_task(self._engine.died())]
+        try:
+            await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+            self.dead.set()
+        finally:
+            for watch in watches:
+                watch.cancel()
+
     def close(self) -> None:
         """Ends the tokenizer's thread; the engine is its owner's to close."""
         self._text_thread.shutdown(wait=False)

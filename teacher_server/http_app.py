@@ -13,6 +13,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
+from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -141,7 +142,7 @@ def create_app(
         await gate.info()
         return Response()
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """The metrics in Prometheus' text format."""
         return Response(metrics_text(), media_type="text/plain; version=0.0.4")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Protocol
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from teacher_server.engines.base import Engine
 from teacher_server.observation import Observation
 
 SECONDS_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -57,16 +59,19 @@ class Metrics:
             buckets=SECONDS_BUCKETS,
             registry=registry,
         )
-        self._in_flight = Gauge("teacher_tokens_in_flight", "Tokens admitted to the engine.", registry=registry)
-        self._budget = Gauge("teacher_tokens_in_flight_budget", "How many may be admitted.", registry=registry)
-        self._queued = Gauge("teacher_tokens_queued", "Tokens that wait for admission.", registry=registry)
         self.ready = Gauge("teacher_ready", "1 while work is taken.", registry=registry)
+        ProcessCollector(registry=registry)
 
-    def watch(self, load: Load, max_tokens_in_flight: int) -> None:
-        """Shows `load` and its budget from now on."""
-        self._in_flight.set_function(lambda: load.tokens_in_flight)
-        self._queued.set_function(lambda: load.tokens_queued)
-        self._budget.set(max_tokens_in_flight)
+    def watch(self, load: Load, max_tokens_in_flight: int, engine: Engine) -> None:
+        """Shows, whenever the metrics are read, what the server holds at that moment: what a leak would show in."""
+        for name, text, value in (
+            ("teacher_tokens_in_flight", "Tokens admitted to the engine.", lambda: load.tokens_in_flight),
+            ("teacher_tokens_in_flight_budget", "How many may be admitted.", lambda: max_tokens_in_flight),
+            ("teacher_tokens_queued", "Tokens that wait for admission.", lambda: load.tokens_queued),
+            ("teacher_engine_requests", "Requests that the engine holds.", lambda: engine.num_unfinished),
+            ("teacher_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks())),
+        ):
+            Gauge(name, text, registry=self._registry).set_function(value)
 
     def observe(self, request: Observation) -> None:
         """Counts and logs one request that has ended."""
@@ -86,5 +91,5 @@ class Metrics:
         _log.info("request", **request.log_line())
 
     def text(self) -> bytes:
-        """The metrics in Prometheus' text format."""
+        """The metrics in Prometheus' text format; to be called in the event loop."""
         return generate_latest(self._registry)

@@ -21,7 +21,7 @@ from teacher_server.admission import Admission
 from teacher_server.auth import Access
 from teacher_server.config import ServeConfig, StartError
 from teacher_server.core import TeacherCore
-from teacher_server.engines.base import Engine
+from teacher_server.engines.base import Engine, EngineDeadError
 from teacher_server.gate import Gate
 from teacher_server.limits import Limits
 from teacher_server.listeners import Listeners
@@ -80,7 +80,7 @@ async def _serve(config: ServeConfig) -> int:
         await listeners.stop(0)
         raise
     admission = Admission(config.max_tokens_in_flight, config.max_queued_tokens)
-    metrics.watch(admission, config.max_tokens_in_flight)
+    metrics.watch(admission, config.max_tokens_in_flight, engine)
     core = TeacherCore(
         engine,
         tokenizer,
@@ -121,7 +121,7 @@ async def serve_core(
         ready = {"http_url": listeners.http_url, "grpc_url": listeners.grpc_url, "pid": os.getpid()}
         _write_whole(config.ready_file, json.dumps(ready))
 
-    stopped, died = asyncio.create_task(stop.wait()), asyncio.create_task(core.dead.wait())
+    stopped, died = asyncio.create_task(stop.wait()), asyncio.create_task(core.died())
     await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
     engine_died = core.dead.is_set()
     stopped.cancel()
@@ -142,7 +142,7 @@ async def _load(config: ServeConfig) -> tuple[ChatTokenizer, Engine]:
     try:
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, config.model, config.revision)
         return tokenizer, await _load_engine(config)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EngineDeadError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise StartError(f"cannot load {config.model} with {config.engine}: {reason}") from error
 

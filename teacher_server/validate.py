@@ -5,8 +5,6 @@ Fields in errors are relative to the item ("temperature"); the core adds "items[
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from protos import verify
@@ -26,6 +24,9 @@ from protos.records import (
 )
 from protos.wire import MAX_MESSAGE_BYTES
 from teacher_server.privileged import Context
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e30
+"""Engines divide float32 logits by it: beyond these the quotients, of logits up to 1e8, are infinite or all 0."""
 
 MAX_SAMPLES = 1024
 """Continuations of one item: a bound on what one reply can hold."""
@@ -52,9 +53,10 @@ def check_score_item(item: ScoreItem, info: TeacherInfo) -> None:
     """Raises InvalidRequest or UnknownTeacher on the first field that `info` does not allow."""
     _check_source(item, info)
     _check_ids("completion_ids", item.completion_ids, info)
-    if not (math.isfinite(item.temperature) and item.temperature > 0):
+    if not MIN_TEMPERATURE <= item.temperature <= MAX_TEMPERATURE:
         raise InvalidRequest(
-            f"temperature is {item.temperature}; it must be finite and above 0 (1.0 is the model's own distribution)",
+            f"temperature is {item.temperature}; it must be above 0, from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g} "
+            "(1.0 is the model's own distribution)",
             field="temperature",
         )
     if item.temperature != 1.0 and not info.exact_temperature:
@@ -98,9 +100,11 @@ def check_generate_item(item: GenerateItem, info: TeacherInfo) -> None:
     _check_ids("stop_token_ids", np.array(item.stop_token_ids, np.int64), info)
     if item.max_new_tokens < 1:
         raise InvalidRequest(f"max_new_tokens is {item.max_new_tokens}; it must be at least 1", field="max_new_tokens")
-    if not (math.isfinite(item.temperature) and item.temperature >= 0):
+    if item.temperature != 0 and not MIN_TEMPERATURE <= item.temperature <= MAX_TEMPERATURE:
         raise InvalidRequest(
-            f"temperature is {item.temperature}; it must be finite and at least 0 (0 is greedy)", field="temperature"
+            f"temperature is {item.temperature}; it must be 0 (greedy) or from {MIN_TEMPERATURE:g} to "
+            f"{MAX_TEMPERATURE:g}",
+            field="temperature",
         )
     if not 0 < item.top_p <= 1:
         raise InvalidRequest(f"top_p is {item.top_p}; it must be above 0 and at most 1 (1 keeps all)", field="top_p")

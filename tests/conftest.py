@@ -100,4 +100,4 @@ def _server(run: LoopThread, engine: Engine, model: Path) -> Iterator[Server]:
 
     server = run(start())
     yield server
-    run(server.listeners.stop(0.0))
+    run(server.stop())

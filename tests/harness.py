@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -51,6 +52,7 @@ class LoopThread:
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
+        gc.collect()
 
 
 @dataclass
@@ -70,6 +72,13 @@ class Server:
             # Split from the first token on, so that both replicas answer every request of two items or more.
             return TeacherPool(self.url(scheme), partial(connect, token=token, tls=tls), PoolOptions(min_part_tokens=1))
         return connect(self.url(scheme), token=token, tls=tls)
+
+    async def stop(self) -> None:
+        """Stops both listeners, and lets go of the engine: gRPC keeps a stopped server until the interpreter's end,
+        too late for vLLM, whose own modules are gone by then.
+        """
+        self.gate.close("the server has stopped")
+        await self.listeners.stop(0.0)
 
 
 async def start_server(
@@ -115,7 +124,7 @@ async def serving(
     try:
         yield server
     finally:
-        await server.listeners.stop(0.0)
+        await server.stop()
 
 
 def core_over(
@@ -150,6 +159,10 @@ class HeldEngine:
     def info(self) -> EngineInfo:
         return self.inner.info
 
+    @property
+    def num_unfinished(self) -> int:
+        return self.num_active
+
     async def score(self, task: ScoreTask) -> ScoreRows:
         async with self._through():
             return await self.inner.score(task)
@@ -157,6 +170,9 @@ class HeldEngine:
     async def generate(self, task: GenerateTask) -> Continuations:
         async with self._through():
             return await self.inner.generate(task)
+
+    async def died(self) -> None:
+        await self.inner.died()
 
     async def close(self) -> None:
         self.door.set()

@@ -115,12 +115,21 @@ class Engine(Protocol):
         """What this engine can do."""
         ...
 
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that the engine still holds, waiting or at work; 0 once every call has returned or was cancelled."""
+        ...
+
     async def score(self, task: ScoreTask) -> ScoreRows:
         """The rows of one task."""
         ...
 
     async def generate(self, task: GenerateTask) -> Continuations:
         """The samples of one task."""
+        ...
+
+    async def died(self) -> None:
+        """Returns once the engine is gone, also while nothing is asked of it; waits for ever where that cannot be."""
         ...
 
     async def close(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -78,12 +78,18 @@ class TransformersEngine:
             determinism="equal requests give equal bits on the same machine and number of threads",
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="transformers-engine")
+        self._unfinished: set[Future[Any]] = set()
         self._closed = threading.Event()
 
     @property
     def info(self) -> EngineInfo:
         """What this engine can do."""
         return self._info
+
+    @property
+    def num_unfinished(self) -> int:
+        """Calls that wait for the worker thread or are at work in it."""
+        return len(self._unfinished)
 
     async def score(self, task: ScoreTask) -> ScoreRows:
         """The rows of one task: float32 log_softmax(logits / temperature), then top-K, gather and entropy."""
@@ -92,6 +98,10 @@ class TransformersEngine:
     async def generate(self, task: GenerateTask) -> Continuations:
         """The samples of one task, one after the other; a cancelled call stops after the token it is at."""
         return await self._run(lambda cancelled: self._generate(task, cancelled))
+
+    async def died(self) -> None:
+        """Waits for ever: a model in this process does not go before it."""
+        await asyncio.Event().wait()
 
     async def close(self) -> None:
         """Waits for the item at work, refuses the rest, and frees the model."""
@@ -104,8 +114,11 @@ class TransformersEngine:
         if self._closed.is_set():
             raise EngineDeadError("the transformers engine is closed")
         cancelled = threading.Event()
+        future = self._thread.submit(work, cancelled)
+        self._unfinished.add(future)
+        future.add_done_callback(self._unfinished.discard)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work, cancelled)
+            return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             cancelled.set()
             caller = asyncio.current_task()

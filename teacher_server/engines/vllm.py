@@ -36,6 +36,7 @@ from teacher_server.engines.base import (
     ScoreRows,
     ScoreTask,
 )
+from teacher_server.engines.orphan import adopt_workers
 from teacher_server.engines.vllm_paths import OfficialFields, RunnerRows, ScorePath, prefill_params
 
 SCORING_WORKER = "teacher_server.engines.vllm_worker.ScoringWorker"
@@ -61,6 +62,9 @@ CPU_KV_CACHE_GIB = 1.0
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 """What vLLM samples at: it refuses more, and replaces less by the minimum without an error. Scoring has no bounds."""
+
+DEATH_POLL_S = 0.1
+"""How often `died` looks; vLLM's own watch over its processes sets the flag at once and tells nobody."""
 
 OWNED_ARGS = frozenset(
     {
@@ -112,6 +116,7 @@ class VllmEngine:
 
         Raises:
             ValueError: an argument the engine owns, speculative decoding, or what vLLM refuses.
+            EngineDeadError: vLLM's process ended while it started.
         """
         extra = dict(engine_args or {})
         if owned := OWNED_ARGS & extra.keys():
@@ -151,6 +156,7 @@ class VllmEngine:
             # Keeps the worker inside the engine core's process, which starts twice as fast as two processes do.
             args.distributed_executor_backend = args.distributed_executor_backend or "uni"
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        adopt_workers()
         if args.dtype == "auto":
             args.dtype = _own_dtype(args.model, args.revision)
         config = args.create_engine_config()
@@ -181,7 +187,11 @@ class VllmEngine:
             score_path=path.name,
             determinism="equal requests agree to rounding: batching and the prefix cache change the order of sums",
         )
-        return cls(AsyncLLM.from_vllm_config(config, disable_log_stats=True), path, info)
+        try:
+            llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        except RuntimeError as error:
+            raise EngineDeadError("vLLM's engine process ended while it started; its log has the reason") from error
+        return cls(llm, path, info)
 
     @property
     def info(self) -> EngineInfo:
@@ -193,6 +203,11 @@ class VllmEngine:
         from teacher_server.engines.vllm_openai import openai_app
 
         return await openai_app(self._llm, teachers)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that vLLM's front end holds: sent to the engine core, and neither finished nor aborted."""
+        return self._llm.get_num_unfinished_requests()
 
     async def score(self, task: ScoreTask) -> ScoreRows:
         """The rows of one task.
@@ -270,6 +285,11 @@ class VllmEngine:
     async def prefill(self, prompt_ids: list[int]) -> None:
         """Computes a prompt and keeps nothing of it but the prefix cache: what any score of it costs at least."""
         await self._run(prompt_ids, prefill_params(read_prefix_cache=True))
+
+    async def died(self) -> None:
+        """Returns once vLLM's engine process is gone (`AsyncLLM.errored`), within DEATH_POLL_S of its end."""
+        while not self._llm.errored:  # noqa: ASYNC110  (vLLM has no event to wait for)
+            await asyncio.sleep(DEATH_POLL_S)
 
     async def close(self) -> None:
         """Ends vLLM's processes; everything in flight raises EngineDeadError."""

@@ -21,6 +21,7 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.outputs import ModelRunnerOutput
 
+from teacher_server.engines.orphan import end_with_server
 from teacher_server.engines.rows import RowsRequest, score_rows
 
 if TYPE_CHECKING:
@@ -137,6 +138,9 @@ class ScoringWorker(_PlatformWorker):
     """The platform's own worker, its V1 model runner made a `RowScoring` one."""
 
     def init_device(self) -> None:
-        """Builds the model runner, then adds row scoring to it."""
+        """Builds the model runner, then adds row scoring to it; from here on the worker lives no longer than its
+        server.
+        """
+        end_with_server()
         super().init_device()
         RowScoring.install(self.model_runner)

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,9 +21,8 @@ from protos.errors import NotReady, PermissionDenied, Unauthenticated
 from protos.records import GenerateItem, GenerateRequest, ScoreItem
 from tests.authority import Authority
 from tests.harness import ROOT, LoopThread, collector
-
-PROGRAM = [sys.executable, "-m", "teacher_server"]
-START_S = 90.0
+from tests.server_process import PROGRAM, START_S
+from tests.server_process import ServerProcess as Process
 
 
 def finish(*args: str) -> subprocess.CompletedProcess[str]:
@@ -131,24 +129,6 @@ def test_a_port_in_use_is_one_sentence(tiny_model: Path, flag: str) -> None:
         args = [part for pair in ports.items() for part in pair]
         done = finish("serve", "--model", str(tiny_model), "--engine", "transformers", *args)
     assert_one_sentence(done, port)
-
-
-class Process:
-    """A teacher-server process that is ready."""
-
-    def __init__(self, model: Path, folder: Path, *args: str) -> None:
-        ready = folder / "ready.json"
-        self.log = folder / "log.txt"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*PROGRAM, "serve", "--model", str(model), "--ready-file", str(ready), *args], cwd=ROOT, stderr=log
-            )
-        deadline = time.monotonic() + START_S
-        while not ready.exists():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.05)
-        self.ready = json.loads(ready.read_text())
 
 
 @pytest.fixture

@@ -181,6 +181,10 @@ class Faulty:
     def info(self) -> EngineInfo:
         return self._inner.info
 
+    @property
+    def num_unfinished(self) -> int:
+        return self._inner.num_unfinished
+
     async def score(self, task: ScoreTask) -> ScoreRows:
         if len(task.completion_ids) == 1:
             raise self._error
@@ -188,6 +192,9 @@ class Faulty:
 
     async def generate(self, task: GenerateTask) -> Continuations:
         raise self._error
+
+    async def died(self) -> None:
+        await self._inner.died()
 
     async def close(self) -> None:
         """The inner engine is its owner's."""

@@ -147,7 +147,7 @@ def test_the_load_is_shown(run: LoopThread, transformers_engine: Engine, tiny_mo
     async def scenario() -> list[Samples]:
         # Items of 5 tokens: one in flight, two waiting.
         held, admission, metrics = HeldEngine(transformers_engine), Admission(5, 1000), Metrics()
-        metrics.watch(admission, 5)
+        metrics.watch(admission, 5, held)
         core = core_over(held, tiny_model, admission=admission)
         async with serving(core, metrics) as server, server.connect("grpc") as teacher:
             asking = asyncio.create_task(teacher.score([ITEM] * 3))
