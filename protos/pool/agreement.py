@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 from protos.records import TeacherInfo
 
-_IDENTITY = ("model", "revision", "dtype", "teachers")
+_IDENTITY = ("model", "revision", "dtype")
 """What decides the log-probs besides the tokenizer. Engines may differ: they are tested to agree."""
 
 _SHOWN_CHARS = 60
@@ -16,6 +16,8 @@ _SHOWN_CHARS = 60
 def differences(url: str, info: TeacherInfo, other_url: str, other: TeacherInfo) -> str:
     """What keeps two replicas from being one teacher, as one sentence that names both; "" when nothing does."""
     pairs = [(name, getattr(info, name), getattr(other, name)) for name in _IDENTITY]
+    # Other names and the weights' versions come and go while replicas are updated one after the other.
+    pairs.append(("the default teacher", info.teachers[:1], other.teachers[:1]))
     pairs += [
         (f"tokenizer.{field.name}", getattr(info.tokenizer, field.name), getattr(other.tokenizer, field.name))
         for field in fields(info.tokenizer)
@@ -30,6 +32,7 @@ def merged(infos: Sequence[TeacherInfo]) -> TeacherInfo:
     """What a pool of agreeing replicas is: the smallest limits, what all of them can, the oldest weights."""
     return replace(
         infos[0],
+        teachers=_common([info.teachers for info in infos]),
         weights_version=min(info.weights_version for info in infos),
         max_context_tokens=min(info.max_context_tokens for info in infos),
         max_top_k=min(info.max_top_k for info in infos),

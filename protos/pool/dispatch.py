@@ -12,7 +12,15 @@ from random import Random
 from typing import Generic, TypeVar
 
 from protos.client import Teacher
-from protos.errors import Corrupted, DeadlineExceeded, EngineFailed, NotReady, TeacherError
+from protos.errors import (
+    Conflict,
+    Corrupted,
+    DeadlineExceeded,
+    EngineFailed,
+    NotReady,
+    TeacherError,
+    UnknownTeacher,
+)
 from protos.pool.members import Members
 from protos.pool.options import PoolOptions
 from protos.pool.replica import Replica
@@ -196,9 +204,14 @@ class Dispatch(Generic[_Request, _Result]):
             is_replica_s_fault = isinstance(error, (NotReady, Corrupted, EngineFailed))
             if is_replica_s_fault:
                 replica.failed(error)
-            if not is_replica_s_fault and not error.row.retryable:
+            if not is_replica_s_fault and not error.row.retryable and not self._differs_elsewhere(error, part):
                 raise _in_request(error, indices) from error
             self._take_failure(part, indices, error)
+
+    def _differs_elsewhere(self, error: TeacherError, part: _Part) -> bool:
+        """Whether a replica that has not been asked may have the weights or the name that this one has not (yet)."""
+        is_its_own = isinstance(error, (Conflict, UnknownTeacher))
+        return is_its_own and self._members.choose(part.tried, strictly=True) is not None
 
     def _take(self, part: _Part, indices: Sequence[int], place: int, outcome: _Result | TeacherError) -> None:
         """Passes one outcome on, unless its item has one already or may still get a better one."""
@@ -207,7 +220,7 @@ class Dispatch(Generic[_Request, _Result]):
             return
         if isinstance(outcome, TeacherError):
             outcome = _in_request(outcome, indices)
-            if outcome.row.retryable and not isinstance(outcome, DeadlineExceeded):
+            if _may_be_answered(outcome) or self._differs_elsewhere(outcome, part):
                 part.errors[index] = outcome
                 return
         part.missing.remove(index)
@@ -256,6 +269,11 @@ def split(sizes: Sequence[int], num_parts: int, min_tokens: int) -> list[list[in
         parts[min(int(middle * num_parts / total), num_parts - 1) if total else 0].append(index)
         before += size
     return [part for part in parts if part]
+
+
+def _may_be_answered(error: TeacherError) -> bool:
+    """Whether the same replica may answer a second time; the caller's deadline does not come back."""
+    return error.row.retryable and not isinstance(error, DeadlineExceeded)
 
 
 def _in_request(error: TeacherError, indices: Sequence[int]) -> TeacherError:

@@ -9,8 +9,8 @@ A request is split into parts by tokens, each for the replica with the fewest to
 unanswered is sent again, elsewhere where possible, when a retry can help its error (`errors.Row.retryable`), within the
 caller's deadline and the retry budget. A replica that fails again and again is left alone for a while, one that cannot
 be reached until it has answered a probe, and one that turns out to be another teacher for as long as it is.
-Items of one request may be scored by different weights while replicas are updated: each result has its version, and
-`min_weights_version` refuses older ones.
+Items of one request may be scored by different weights while replicas are updated: each result has its version.
+Where `min_weights_version` or a teacher's name is refused by one replica, the others are asked.
 """
 
 from __future__ import annotations

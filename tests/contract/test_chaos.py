@@ -26,15 +26,15 @@ from protos.records import ScoreItem, ScoreRequest, ScoreResult
 from tests.chaos_proxy import ChaosProxy, Faults
 from tests.harness import ROOT, LoopThread, Server, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
 
 SEED = 2718
 NUM_CLIENTS = 8
 MIN_ITEMS = 200
 """Answered to each client at least."""
 
-OVERALL_S = 240.0
-START_S = 90.0
+OVERALL_S = 270.0
+START_S = 150.0
 NOTICE_S = 30.0
 ATOL = 1e-5
 
@@ -191,16 +191,12 @@ async def havoc(pool: TeacherPool, processes: Sequence[Process], proxies: Sequen
         proxy.faults = Faults()
         assert (proxy.num_flipped, proxy.num_cut, proxy.num_delayed) > before
 
-    await damaged(proxies[0], Faults(flip=0.1))
-    await damaged(proxies[1], Faults(flip=0.1))
-    await killed_and_restarted(0)
-    await asyncio.gather(damaged(proxies[0], Faults(cut=0.1)), damaged(proxies[1], Faults(cut=0.1)))
-    await frozen_and_thawed(1)
-    await asyncio.gather(killed_and_restarted(2), damaged(proxies[0], Faults(flip=0.05, cut=0.03, delay=0.2)))
-    await frozen_and_thawed(0)
-    await damaged(proxies[1], Faults(flip=0.05, cut=0.03, delay=0.2))
-    await works_again(1)
-    await works_again(2)
+    await asyncio.gather(killed_and_restarted(0), damaged(proxies[0], Faults(flip=0.1)))
+    await asyncio.gather(frozen_and_thawed(1), damaged(proxies[1], Faults(flip=0.1)))
+    await asyncio.gather(killed_and_restarted(2), damaged(proxies[0], Faults(flip=0.05, cut=0.05, delay=0.2)))
+    await asyncio.gather(frozen_and_thawed(0), damaged(proxies[1], Faults(flip=0.05, cut=0.05, delay=0.2)))
+    for i in range(3):
+        await works_again(i)
 
 
 def test_every_item_is_answered_once_and_right_or_fails(

@@ -19,6 +19,7 @@ import protos
 from protos import verify
 from protos.client import Teacher
 from protos.errors import (
+    Conflict,
     ContextTooLong,
     Corrupted,
     DeadlineExceeded,
@@ -28,6 +29,7 @@ from protos.errors import (
     Overloaded,
     TeacherError,
     Unauthenticated,
+    UnknownTeacher,
 )
 from protos.pool import PoolOptions, TeacherPool
 from protos.records import (
@@ -257,6 +259,25 @@ def test_what_a_retry_cannot_help_is_not_retried(alone: Any, error: TeacherError
                 await pool.score(ITEMS)
             assert len(doors["a"].asked) + len(doors["b"].asked) == 1
             assert pool.stats().num_retries == 0
+
+    alone(body)
+
+
+@pytest.mark.parametrize("error", [Conflict("older weights"), UnknownTeacher("not loaded here yet")])
+def test_what_another_replica_may_have_is_asked_of_it_once(alone: Any, error: TeacherError) -> None:
+    async def body(doors: Doors) -> None:
+        async with doors.pool(replace(QUICK, min_part_tokens=1000)) as pool:
+            await pool.info()
+            doors["a"].script.extend([(0, raises(error))] * 9)
+            for _ in range(4):
+                check(await pool.score(ITEMS))
+            assert all(replica.breaker == "closed" for replica in pool.stats().replicas)
+
+            doors["b"].script.extend([(0, raises(error))] * 9)
+            num_asked = len(doors["a"].asked) + len(doors["b"].asked)
+            with pytest.raises(type(error)):
+                await pool.score(ITEMS)
+            assert len(doors["a"].asked) + len(doors["b"].asked) == num_asked + 2
 
     alone(body)
 

@@ -116,9 +116,11 @@ def test_a_small_request_is_not_split() -> None:
 
 def test_agreeing_replicas_may_differ_in_engine_and_limits() -> None:
     other = replace(INFO, engine="transformers", max_top_k=10, max_items=50, weights_version=2, exact_temperature=False)
+    other = replace(other, teachers=("base", "rl"))
     assert agreement.differences("a", INFO, "b", other) == ""
     pool = agreement.merged([INFO, replace(other, supports=("sampled", "candidates"), reference_templates=("plain",))])
     assert (pool.max_top_k, pool.max_items, pool.weights_version) == (10, 40, 2)
+    assert pool.teachers == ("base",)
     assert (pool.supports, pool.reference_templates) == (("sampled",), ("plain",))
     assert not pool.exact_temperature
     assert pool.engine == "vllm; transformers"
@@ -131,7 +133,7 @@ def test_agreeing_replicas_may_differ_in_engine_and_limits() -> None:
         (replace(INFO, model="n"), "model is 'm' and 'n'"),
         (replace(INFO, revision="q"), "revision is 'r' and 'q'"),
         (replace(INFO, dtype="bfloat16"), "dtype is 'float32' and 'bfloat16'"),
-        (replace(INFO, teachers=("base", "rl")), "teachers is ('base',) and ('base', 'rl')"),
+        (replace(INFO, teachers=("rl", "base")), "the default teacher is ('base',) and ('rl',)"),
         (
             replace(INFO, tokenizer=replace(INFO.tokenizer, eos_token_ids=(2,))),
             "tokenizer.eos_token_ids is (1,) and (2,)",
