@@ -90,7 +90,7 @@ async def _serve(config: ServeConfig) -> int:
         max_top_k=config.max_top_k,
     )
     try:
-        openai = await _openai_app(engine, (await core.info()).teachers) if config.openai else None
+        openai = await _openai_app(engine, config.name) if config.openai else None
         return 0 if stop.is_set() else await serve_core(core, gate, listeners, stop, config, openai)
     finally:
         await listeners.stop(LAST_WORDS_S)
@@ -175,14 +175,14 @@ async def _load_engine(config: ServeConfig) -> Engine:
     )
 
 
-async def _openai_app(engine: Engine, teachers: tuple[str, ...]) -> ASGIApp | None:
-    """The engine's own application for stock clients, where it has one."""
+async def _openai_app(engine: Engine, base: str) -> ASGIApp | None:
+    """The engine's own application for stock clients, where it has one; it serves the base model by this name."""
     if engine.info.engine != "vllm":
         return None
     from teacher_server.engines.vllm import VllmEngine
 
     assert isinstance(engine, VllmEngine)
-    return await engine.openai_app(teachers)
+    return await engine.openai_app((base,))
 
 
 def _tls(config: ServeConfig) -> ServerTls | None:

@@ -198,11 +198,11 @@ class VllmEngine:
         """What this engine can do."""
         return self._info
 
-    async def openai_app(self, teachers: tuple[str, ...]) -> ASGIApp:
-        """vLLM's own OpenAI application over this engine, with `teachers` as the names of its models."""
+    async def openai_app(self, names: tuple[str, ...]) -> ASGIApp:
+        """vLLM's own OpenAI application over this engine; each of the names means the base model."""
         from teacher_server.engines.vllm_openai import openai_app
 
-        return await openai_app(self._llm, teachers)
+        return await openai_app(self._llm, names)
 
     @property
     def num_unfinished(self) -> int:

@@ -23,11 +23,11 @@ REFUSED_FIELDS = ("vllm_xargs", "kv_transfer_params", "ec_transfer_params")
 """Fields that vLLM hands to the worker unread; the worker trusts what it finds there."""
 
 
-async def openai_app(llm: AsyncLLM, teachers: tuple[str, ...]) -> ASGIApp:
-    """The application; its models are `teachers`, its settings the defaults of `vllm serve`."""
+async def openai_app(llm: AsyncLLM, names: tuple[str, ...]) -> ASGIApp:
+    """The application, with the defaults of `vllm serve`; each of the names means the base model."""
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     assert args is not None
-    args.model, args.served_model_name = llm.model_config.model, list(teachers)
+    args.model, args.served_model_name = llm.model_config.model, list(names)
     app = FastAPI(openapi_url=None)
     app.state.args = args
     init_exception_handler(app)
