@@ -25,6 +25,7 @@ from protos._openai_rows import read_rows, read_sample
 from protos.credentials import Credentials
 from protos.errors import (
     ContextTooLong,
+    Corrupted,
     DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
@@ -45,6 +46,7 @@ from protos.records import (
     crc32_of,
 )
 from protos.service import GenerateStream, ScoreStream
+from protos.wire import JSON_TYPE
 
 MAX_ITEMS = 1024
 """Items of one call; each is a request of its own."""
@@ -316,7 +318,11 @@ class OpenAITeacher:
                 f"{self.url} cannot be reached or broke off: {str(error) or type(error).__name__}"
             ) from error
         if response.status_code != httpx.codes.OK:
-            raise error_of_status(self.url, response.status_code, response.text, response.headers)
+            error = error_of_status(self.url, response.status_code, response.text, response.headers)
+            # vLLM refuses a request with 400 in JSON; 400 in plain text is a web server's, of bytes that are no HTTP.
+            if isinstance(error, Corrupted) and response.headers.get("content-type") == JSON_TYPE:
+                error = InvalidRequest(error.message)
+            raise error
         try:
             return response.json()
         except ValueError as error:

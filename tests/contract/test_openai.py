@@ -401,11 +401,12 @@ def answering(status: int, headers: tuple[tuple[bytes, bytes], ...] = ()) -> ASG
     return app
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503, 504])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 429, 500, 503, 504])
 def test_a_status_is_an_error_of_the_table(
     run: LoopThread, transformers_engine: Engine, tiny_model: Path, status: int
 ) -> None:
     expected = {
+        400: "Corrupted",  # in plain text: what vLLM itself refuses comes in JSON
         401: "Unauthenticated",
         403: "PermissionDenied",
         404: "UnknownTeacher",
