@@ -7,6 +7,7 @@ from dataclasses import asdict
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from protos.records import ServedTeacher
 from teacher_server.summary import Summary
 
 SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -42,6 +43,9 @@ class Metrics:
             buckets=SECONDS_BUCKETS,
             registry=self._registry,
         )
+        self._weights_version = Gauge(
+            "teacher_weights_version", "Of the weights served.", ("teacher",), registry=self._registry
+        )
         self.ready = Gauge("teacher_ready", "1 while work is taken.", registry=self._registry)
 
     def observe(self, summary: Summary) -> None:
@@ -56,6 +60,12 @@ class Metrics:
         self._seconds.labels(operation).observe(summary.seconds)
         self._queue_seconds.labels(operation).observe(summary.queue_s)
         _log.info("request", **asdict(summary))
+
+    def show_teachers(self, served: tuple[ServedTeacher, ...]) -> None:
+        """The teachers served from now on."""
+        self._weights_version.clear()
+        for teacher in served:
+            self._weights_version.labels(teacher.name).set(teacher.weights_version)
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -22,6 +22,7 @@ from teacher_server.gate import Core, Gate
 from teacher_server.limits import DEFAULT_LIMITS, Limits
 from teacher_server.listeners import Listeners
 from teacher_server.metrics import Metrics
+from teacher_server.teachers import Teachers
 from teacher_server.tls import ServerTls
 from teacher_server.tokenizer import ChatTokenizer
 
@@ -114,13 +115,14 @@ def core_over(
     max_top_k: int | None = None,
     admission: Admission | None = None,
     metrics: Metrics | None = None,
+    teachers: Teachers | None = None,
 ) -> TeacherCore:
     """A core over `engine` with the tokenizer of `model`; must be called where the event loop runs."""
     return TeacherCore(
         engine,
         ChatTokenizer.load(str(model)),
         admission or Admission(2**20, 2**20),
-        teachers=("base", "same"),
+        teachers=teachers or Teachers(("base", "same")),
         max_items=max_items,
         max_top_k=max_top_k,
         observe=(metrics or Metrics()).observe,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from random import Random
@@ -25,7 +25,7 @@ from typing import Self, TypeVar
 
 from protos import verify
 from protos.client import Teacher
-from protos.errors import DeadlineExceeded, TeacherError
+from protos.errors import DeadlineExceeded, InvalidRequest, TeacherError
 from protos.pool.dispatch import Dispatch, Send, Tally
 from protos.pool.members import Members
 from protos.pool.options import PoolOptions
@@ -41,7 +41,9 @@ from protos.records import (
     ScoreItem,
     ScoreRequest,
     ScoreResult,
+    ServedTeacher,
     TeacherInfo,
+    WeightsUpdate,
 )
 from protos.service import GenerateStream, ScoreStream
 
@@ -128,6 +130,16 @@ class TeacherPool:
         """See Teacher."""
         request = request if isinstance(request, GenerateRequest) else GenerateRequest(tuple(request))
         return await verify.in_order(self.generate_stream(request, timeout_s=timeout_s), len(request.items))
+
+    async def update_weights(
+        self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
+    ) -> ServedTeacher:
+        """Raises InvalidRequest: some replicas could be changed and others not, and the caller must know which."""
+        raise InvalidRequest(f"{self.url} is a pool; change its replicas one by one, each by its own URL")
+
+    async def unload(self, teacher: str, *, timeout_s: float | None = None) -> ServedTeacher:
+        """Raises InvalidRequest, as `update_weights` does."""
+        raise InvalidRequest(f"{self.url} is a pool; change its replicas one by one, each by its own URL")
 
     async def aclose(self) -> None:
         """Ends the probes and closes every connection; work in flight fails."""

@@ -37,7 +37,9 @@ from protos.records import (
     ScoreItem,
     ScoreRequest,
     ScoreResult,
+    ServedTeacher,
     TeacherInfo,
+    WeightsUpdate,
     crc32_of,
 )
 from protos.service import GenerateStream, ScoreStream
@@ -120,6 +122,14 @@ class Door:
         self, request: GenerateRequest | Sequence[GenerateItem], *, timeout_s: float | None = None
     ) -> list[GenerateResult]:
         return await self._inner.generate(request, timeout_s=timeout_s)
+
+    async def update_weights(
+        self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
+    ) -> ServedTeacher:
+        return await self._inner.update_weights(update, chunks, timeout_s=timeout_s)
+
+    async def unload(self, teacher: str, *, timeout_s: float | None = None) -> ServedTeacher:
+        return await self._inner.unload(teacher, timeout_s=timeout_s)
 
     async def aclose(self) -> None:
         self.is_closed = True
