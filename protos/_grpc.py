@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterable
 from pathlib import Path
 
 import grpc
@@ -49,6 +49,23 @@ class GrpcTransport:
         try:
             async for reply in call:
                 yield reply
+        except grpc.aio.AioRpcError as error:
+            raise self._teacher_error(error) from error
+        finally:
+            call.cancel()
+
+    async def upload(self, operation: Operation, requests: AsyncIterable[bytes], *, timeout_s: float | None) -> bytes:
+        """See protos.wire.Transport."""
+        call = self._open().stream_unary(f"/{GRPC_SERVICE}/{operation.grpc_method}")(
+            timeout=timeout_s, metadata=self._metadata
+        )
+        try:
+            async for request in requests:
+                if call.done():  # the server's answer came first
+                    break
+                await call.write(request)
+            await call.done_writing()
+            return await call
         except grpc.aio.AioRpcError as error:
             raise self._teacher_error(error) from error
         finally:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Mapping
 
 import httpx
 
 from protos import codec
 from protos.credentials import Credentials
 from protos.errors import ERRORS, Corrupted, EngineFailed, InvalidRequest, NotReady, TeacherError
-from protos.wire import BODY_CRC_HEADER, PROTOBUF_TYPE, TIMEOUT_HEADER, FrameReader, Operation, body_crc
+from protos.wire import BODY_CRC_HEADER, PROTOBUF_TYPE, TIMEOUT_HEADER, FrameReader, Operation, body_crc, frame
 
 CONNECT_TIMEOUT_S = 10.0
 """A server that takes no connection by then cannot be reached; the caller's deadline covers all else."""
@@ -36,9 +36,7 @@ class HttpTransport:
         self, operation: Operation, request: bytes, *, timeout_s: float | None
     ) -> AsyncGenerator[bytes, None]:
         """See protos.wire.Transport."""
-        headers = {"content-type": PROTOBUF_TYPE, "accept": PROTOBUF_TYPE, BODY_CRC_HEADER: body_crc(request)}
-        if timeout_s is not None:
-            headers[TIMEOUT_HEADER] = repr(timeout_s)
+        headers = _headers(timeout_s) | {BODY_CRC_HEADER: body_crc(request)}
         reader = FrameReader()
         try:
             async with self._client.stream(
@@ -55,6 +53,27 @@ class HttpTransport:
             raise NotReady(f"{self.url} cannot be reached or broke off: {reason}") from error
         except ValueError as error:
             raise Corrupted(f"{self.url} sent a broken stream: {error}") from error
+
+    async def upload(self, operation: Operation, requests: AsyncIterable[bytes], *, timeout_s: float | None) -> bytes:
+        """See protos.wire.Transport."""
+
+        async def body() -> AsyncGenerator[bytes, None]:
+            async for request in requests:
+                yield frame(request)
+
+        try:
+            response = await self._client.request(
+                operation.http_method, operation.http_path, content=body(), headers=_headers(timeout_s)
+            )
+            if response.status_code != httpx.codes.OK:
+                raise await self._teacher_error(response)
+            [reply] = FrameReader().feed(response.content)
+        except httpx.RequestError as error:
+            reason = str(error) or type(error).__name__
+            raise NotReady(f"{self.url} cannot be reached or broke off: {reason}") from error
+        except ValueError as error:
+            raise Corrupted(f"{self.url} sent a broken reply: {error}") from error
+        return reply
 
     async def aclose(self) -> None:
         """Closes the connections."""
@@ -76,3 +95,10 @@ def error_of_status(url: str, status: int, body: str, headers: Mapping[str, str]
         error = NotReady
     seconds = headers.get("retry-after", "")
     return error(text, retry_after_s=float(seconds) if seconds.isdigit() else None)
+
+
+def _headers(timeout_s: float | None) -> dict[str, str]:
+    headers = {"content-type": PROTOBUF_TYPE, "accept": PROTOBUF_TYPE}
+    if timeout_s is not None:
+        headers[TIMEOUT_HEADER] = repr(timeout_s)
+    return headers

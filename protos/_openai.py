@@ -11,7 +11,7 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Self, TypeVar
 
@@ -42,7 +42,9 @@ from protos.records import (
     ScoreItem,
     ScoreRequest,
     ScoreResult,
+    ServedTeacher,
     TeacherInfo,
+    WeightsUpdate,
     crc32_of,
 )
 from protos.service import GenerateStream, ScoreStream
@@ -156,6 +158,16 @@ class OpenAITeacher:
         """See Teacher."""
         request = request if isinstance(request, GenerateRequest) else GenerateRequest(tuple(request))
         return await verify.in_order(self.generate_stream(request, timeout_s=timeout_s), len(request.items))
+
+    async def update_weights(
+        self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
+    ) -> ServedTeacher:
+        """Raises InvalidRequest: stock servers have no such operation."""
+        raise InvalidRequest(f"{self.url} is a stock server, whose weights cannot be changed; use a teacher-server")
+
+    async def unload(self, teacher: str, *, timeout_s: float | None = None) -> ServedTeacher:
+        """Raises InvalidRequest: stock servers have no such operation."""
+        raise InvalidRequest(f"{self.url} is a stock server, whose teachers cannot be changed; use a teacher-server")
 
     async def aclose(self) -> None:
         """Closes the connections."""

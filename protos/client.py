@@ -10,9 +10,10 @@ A synchronous caller keeps one event loop for the life of its teacher (`asyncio.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
+from pathlib import Path
 from typing import Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
@@ -26,10 +27,22 @@ from protos.records import (
     ScoreItem,
     ScoreRequest,
     ScoreResult,
+    ServedTeacher,
     TeacherInfo,
+    WeightsUpdate,
 )
-from protos.service import GenerateStream, ScoreStream, TeacherService
-from protos.wire import GENERATE, GET_INFO, MAX_MESSAGE_BYTES, SCORE, Operation, Transport
+from protos.service import GenerateStream, ScoreStream, TeacherAdmin, TeacherService
+from protos.wire import (
+    GENERATE,
+    GET_INFO,
+    MAX_CHUNK_BYTES,
+    MAX_MESSAGE_BYTES,
+    SCORE,
+    Operation,
+    Transport,
+    unload_teacher,
+    update_weights,
+)
 
 OPENAI_SCHEMES = ("openai+http", "openai+https")
 SCHEMES = ("grpc", "grpcs", "http", "https", *OPENAI_SCHEMES)
@@ -43,7 +56,7 @@ POOL_FORMS = "several of those with commas between them, or dns+grpc://name:port
 _T = TypeVar("_T")
 
 
-class Teacher(TeacherService, Protocol):
+class Teacher(TeacherService, TeacherAdmin, Protocol):
     """A teacher somewhere else; an async context manager that closes it."""
 
     @property
@@ -163,6 +176,27 @@ class RemoteTeacher:
         request = request if isinstance(request, GenerateRequest) else GenerateRequest(tuple(request))
         return await verify.in_order(self.generate_stream(request, timeout_s=timeout_s), len(request.items))
 
+    async def update_weights(
+        self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
+    ) -> ServedTeacher:
+        """See TeacherAdmin; `chunks` of any size, for example `read_chunks(path)`, are taken as the server is ready."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                reply = await self._transport.upload(
+                    update_weights(update.teacher), _weights_messages(update, chunks), timeout_s=timeout_s
+                )
+        except TimeoutError:
+            raise DeadlineExceeded(f"{self.url} did not finish within {timeout_s:g} s") from None
+        return self._decoded(codec.decode_updated, reply)
+
+    async def unload(self, teacher: str, *, timeout_s: float | None = None) -> ServedTeacher:
+        """See TeacherAdmin."""
+        replies = self._replies(unload_teacher(teacher), codec.encode_unload(teacher), codec.decode_unloaded, timeout_s)
+        async with aclosing(replies):
+            async for unloaded in replies:
+                return unloaded
+        raise Corrupted(f"{self.url} sent no reply to UnloadTeacher")
+
     async def aclose(self) -> None:
         """Closes the connections."""
         await self._transport.aclose()
@@ -181,11 +215,30 @@ class RemoteTeacher:
         stream = self._transport.stream(operation, body, timeout_s=timeout_s)
         async with aclosing(_until(stream, timeout_s, self.url)) as messages:
             async for message in messages:
-                try:
-                    reply = decode(message)
-                except InvalidRequest as error:
-                    raise Corrupted(f"{self.url} sent a reply that cannot be read: {error}") from error
-                yield reply
+                yield self._decoded(decode, message)
+
+    def _decoded(self, decode: Callable[[bytes], _T], message: bytes) -> _T:
+        try:
+            return decode(message)
+        except InvalidRequest as error:
+            raise Corrupted(f"{self.url} sent a reply that cannot be read: {error}") from error
+
+
+async def read_chunks(path: Path) -> AsyncGenerator[bytes, None]:
+    """The file's bytes in order, for `update_weights`."""
+    with path.open("rb") as file:
+        while chunk := await asyncio.to_thread(file.read, MAX_CHUNK_BYTES):
+            yield chunk
+
+
+async def _weights_messages(update: WeightsUpdate, chunks: AsyncIterable[bytes] | None) -> AsyncGenerator[bytes, None]:
+    """The header, then every chunk in messages of at most MAX_CHUNK_BYTES."""
+    yield codec.encode_weights_update(update)
+    if chunks is None:
+        return
+    async for chunk in chunks:
+        for start in range(0, len(chunk), MAX_CHUNK_BYTES):
+            yield codec.encode_weights_chunk(chunk[start : start + MAX_CHUNK_BYTES])
 
 
 async def _until(stream: AsyncGenerator[bytes, None], timeout_s: float | None, url: str) -> AsyncGenerator[bytes, None]:

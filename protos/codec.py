@@ -35,27 +35,29 @@ _Result = TypeVar("_Result", records.ScoreResult, records.GenerateResult)
 def encode_score_request(request: records.ScoreRequest) -> bytes:
     """The request as a serialised ScoreRequest; InvalidRequest on an array of the wrong shape or type."""
     items = [_score_item_message(item, f"items[{i}]") for i, item in enumerate(request.items)]
-    return pb.ScoreRequest(items=items, min_weights_version=request.min_weights_version).SerializeToString()
+    versions = {"min_weights_version": request.min_weights_version, "max_weights_wait_s": request.max_weights_wait_s}
+    return _build(pb.ScoreRequest, "", {"items": items, **versions}).SerializeToString()
 
 
 def decode_score_request(data: bytes) -> records.ScoreRequest:
     """The ScoreRequest in `data`."""
     message = _parse(pb.ScoreRequest, data)
     items = tuple(_score_item(item, f"items[{i}]") for i, item in enumerate(message.items))
-    return records.ScoreRequest(items, message.min_weights_version)
+    return records.ScoreRequest(items, message.min_weights_version, message.max_weights_wait_s)
 
 
 def encode_generate_request(request: records.GenerateRequest) -> bytes:
     """The request as a serialised GenerateRequest; InvalidRequest on an array of the wrong shape or type."""
     items = [_generate_item_message(item, f"items[{i}]") for i, item in enumerate(request.items)]
-    return pb.GenerateRequest(items=items, min_weights_version=request.min_weights_version).SerializeToString()
+    versions = {"min_weights_version": request.min_weights_version, "max_weights_wait_s": request.max_weights_wait_s}
+    return _build(pb.GenerateRequest, "", {"items": items, **versions}).SerializeToString()
 
 
 def decode_generate_request(data: bytes) -> records.GenerateRequest:
     """The GenerateRequest in `data`."""
     message = _parse(pb.GenerateRequest, data)
     items = tuple(_generate_item(item, f"items[{i}]") for i, item in enumerate(message.items))
-    return records.GenerateRequest(items, message.min_weights_version)
+    return records.GenerateRequest(items, message.min_weights_version, message.max_weights_wait_s)
 
 
 def encode_score_reply(index: int, outcome: records.ScoreResult | TeacherError) -> bytes:
@@ -86,11 +88,10 @@ def decode_generate_reply(data: bytes) -> tuple[int, records.GenerateResult | Te
 
 def encode_info(info: records.TeacherInfo) -> bytes:
     """The handshake as a serialised GetInfoResponse."""
-    fields: dict[str, Any] = {
-        name: getattr(info, name) for name in pb.GetInfoResponse.DESCRIPTOR.fields_by_name if name != "tokenizer"
-    }
-    tokenizer = pb.TokenizerFingerprint(**vars(info.tokenizer))
-    return pb.GetInfoResponse(tokenizer=tokenizer, **fields).SerializeToString()
+    fields: dict[str, Any] = {name: getattr(info, name) for name in pb.GetInfoResponse.DESCRIPTOR.fields_by_name}
+    fields["tokenizer"] = pb.TokenizerFingerprint(**vars(info.tokenizer))
+    fields["served"] = [pb.ServedTeacher(**vars(teacher)) for teacher in info.served]
+    return pb.GetInfoResponse(**fields).SerializeToString()
 
 
 def decode_info(data: bytes) -> records.TeacherInfo:
@@ -98,7 +99,66 @@ def decode_info(data: bytes) -> records.TeacherInfo:
     message = _parse(pb.GetInfoResponse, data)
     fields = _plain_fields(message)
     fields["tokenizer"] = records.TokenizerFingerprint(**_plain_fields(message.tokenizer))
+    fields["served"] = tuple(_served_teacher(teacher) for teacher in message.served)
     return records.TeacherInfo(**fields)
+
+
+def encode_weights_update(update: records.WeightsUpdate) -> bytes:
+    """The first message of an UpdateWeights stream."""
+    header = _build(pb.WeightsHeader, "", vars(update))
+    return pb.UpdateWeightsRequest(header=header).SerializeToString()
+
+
+def encode_weights_chunk(chunk: bytes) -> bytes:
+    """A further message of an UpdateWeights stream."""
+    return pb.UpdateWeightsRequest(chunk=chunk, chunk_crc32=zlib.crc32(chunk)).SerializeToString()
+
+
+def decode_weights_part(data: bytes) -> records.WeightsUpdate | bytes:
+    """The header or the chunk in one message of an UpdateWeights stream."""
+    message = _parse(pb.UpdateWeightsRequest, data)
+    match message.WhichOneof("part"):
+        case "header":
+            fields = _plain_fields(message.header)
+            if not message.header.HasField("ema_decay"):
+                fields["ema_decay"] = None
+            return records.WeightsUpdate(**fields)
+        case "chunk":
+            if zlib.crc32(message.chunk) != message.chunk_crc32:
+                raise Corrupted(f"a chunk of {len(message.chunk)} bytes was damaged on its way; send the weights again")
+            return message.chunk
+        case _:
+            raise InvalidRequest("the message holds neither a header nor a chunk", field="part")
+
+
+def encode_updated(teacher: records.ServedTeacher) -> bytes:
+    """What an update left served, as a serialised UpdateWeightsResponse."""
+    return pb.UpdateWeightsResponse(teacher=pb.ServedTeacher(**vars(teacher))).SerializeToString()
+
+
+def decode_updated(data: bytes) -> records.ServedTeacher:
+    """The teacher in a serialised UpdateWeightsResponse."""
+    return _served_teacher(_parse(pb.UpdateWeightsResponse, data).teacher)
+
+
+def encode_unload(teacher: str) -> bytes:
+    """A serialised UnloadTeacherRequest."""
+    return _build(pb.UnloadTeacherRequest, "teacher", {"teacher": teacher}).SerializeToString()
+
+
+def decode_unload(data: bytes) -> str:
+    """The name in a serialised UnloadTeacherRequest."""
+    return _parse(pb.UnloadTeacherRequest, data).teacher
+
+
+def encode_unloaded(teacher: records.ServedTeacher) -> bytes:
+    """What was unloaded, as a serialised UnloadTeacherResponse."""
+    return pb.UnloadTeacherResponse(teacher=pb.ServedTeacher(**vars(teacher))).SerializeToString()
+
+
+def decode_unloaded(data: bytes) -> records.ServedTeacher:
+    """The teacher in a serialised UnloadTeacherResponse."""
+    return _served_teacher(_parse(pb.UnloadTeacherResponse, data).teacher)
 
 
 def encode_error(error: TeacherError) -> bytes:
@@ -393,6 +453,12 @@ def _sample(message: pb.Sample, where: str) -> records.Sample:
             f'{message.finish_reason!r}; it must be "stop" or "length"', field=f"{where}.finish_reason"
         )
     return records.Sample(token_ids, logprobs, cast("records.FinishReason", message.finish_reason), message.text)
+
+
+def _served_teacher(message: pb.ServedTeacher) -> records.ServedTeacher:
+    if message.kind not in ("model", "adapter"):
+        raise InvalidRequest(f'{message.kind!r}; it must be "model" or "adapter"', field="teacher.kind")
+    return records.ServedTeacher(message.name, cast("records.TeacherKind", message.kind), message.weights_version)
 
 
 def _outcome(

@@ -17,6 +17,7 @@ from protos.errors import InvalidRequest, TeacherError
 from protos.records import Int32
 
 Id = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Version = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 LogProb = float | Literal["-Infinity"] | None
 """In nats; null is NaN (there is no such value), and "-Infinity" is written as ProtoJSON writes it."""
 
@@ -121,7 +122,8 @@ class ScoreRequestJson(_Strict):
     """Items scored together; see records.ScoreRequest."""
 
     items: list[ScoreItemJson]
-    min_weights_version: int = 0
+    min_weights_version: Version = 0
+    max_weights_wait_s: float = 0.0
 
 
 class GenerateItemJson(_ItemJson):
@@ -159,7 +161,24 @@ class GenerateRequestJson(_Strict):
     """Items continued together; see records.GenerateRequest."""
 
     items: list[GenerateItemJson]
-    min_weights_version: int = 0
+    min_weights_version: Version = 0
+    max_weights_wait_s: float = 0.0
+
+
+class WeightsUpdateJson(_Strict):
+    """New weights that the server reads from its own disk; see records.WeightsUpdate."""
+
+    version: Version
+    path: str
+    ema_decay: float | None = None
+
+
+class ServedTeacherJson(_Strict):
+    """See records.ServedTeacher."""
+
+    name: str
+    kind: records.TeacherKind
+    weights_version: int
 
 
 class ErrorJson(_Strict):
@@ -246,14 +265,19 @@ def score_request_from_json(data: bytes) -> records.ScoreRequest:
     """The request in a JSON body; InvalidRequest names the field at fault."""
     body = _parse(ScoreRequestJson, data)
     items = tuple(item.to_record(f"items[{i}]") for i, item in enumerate(body.items))
-    return records.ScoreRequest(items, body.min_weights_version)
+    return records.ScoreRequest(items, body.min_weights_version, body.max_weights_wait_s)
 
 
 def generate_request_from_json(data: bytes) -> records.GenerateRequest:
     """The request in a JSON body; InvalidRequest names the field at fault."""
     body = _parse(GenerateRequestJson, data)
     items = tuple(item.to_record(f"items[{i}]") for i, item in enumerate(body.items))
-    return records.GenerateRequest(items, body.min_weights_version)
+    return records.GenerateRequest(items, body.min_weights_version, body.max_weights_wait_s)
+
+
+def weights_update_from_json(teacher: str, data: bytes) -> records.WeightsUpdate:
+    """The update of `teacher` in a JSON body; InvalidRequest names the field at fault."""
+    return records.WeightsUpdate(teacher, **vars(_parse(WeightsUpdateJson, data)))
 
 
 def score_reply_to_json(index: int, outcome: records.ScoreResult | TeacherError) -> ScoreReplyJson:

@@ -116,10 +116,16 @@ class ScoreItem:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Items scored together; refused whole, with nothing scored, when any item is wrong."""
+    """Items scored together; refused whole, with nothing scored, when any item is wrong.
+
+    Attributes:
+        min_weights_version: the oldest weights that each item's teacher may have.
+        max_weights_wait_s: seconds to wait for them before a Conflict; never past the deadline.
+    """
 
     items: tuple[ScoreItem, ...]
     min_weights_version: int = 0
+    max_weights_wait_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -194,10 +200,11 @@ class GenerateItem:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Items continued together; refused whole, with nothing written, when any item is wrong."""
+    """Items continued together; refused whole, with nothing written, when any is wrong; fields as in ScoreRequest."""
 
     items: tuple[GenerateItem, ...]
     min_weights_version: int = 0
+    max_weights_wait_s: float = 0.0
 
 
 FinishReason = Literal["stop", "length"]
@@ -252,18 +259,52 @@ class TokenizerFingerprint:
     chat_template_sha256: str
 
 
+TeacherKind = Literal["model", "adapter"]
+
+
+@dataclass(frozen=True)
+class ServedTeacher:
+    """One name that items may ask for; `kind` is "model", or "adapter" for a LoRA adapter of the model."""
+
+    name: str
+    kind: TeacherKind
+    weights_version: int
+
+
+@dataclass(frozen=True)
+class WeightsUpdate:
+    """New weights for a teacher, or a LoRA adapter as a new one; the safetensors bytes follow unless `path` is given.
+
+    Attributes:
+        teacher: the served name; a new one for a new adapter.
+        version: above the version served.
+        path: a folder or .safetensors file on the server, below its weights root; "" when the bytes follow.
+        adapter_config: the text of PEFT's adapter_config.json, for an adapter whose bytes follow; "" otherwise.
+        ema_decay: d in [0, 1): the model's new weights are d · current + (1 - d) · these, kept in float32 from one
+            update to the next; None for these alone.
+    """
+
+    teacher: str
+    version: int
+    path: str = ""
+    adapter_config: str = ""
+    ema_decay: float | None = None
+
+
 @dataclass(frozen=True)
 class TeacherInfo:
     """The handshake: what is served and how exactly.
 
     Attributes:
         teachers: served names; the first is the default.
+        weights_version: of the first.
         max_context_tokens: prompt, privileged information and completion together.
         max_top_k, max_candidates, max_items: limits of one item and one request.
         supports: subset of {"sampled", "top_k", "candidates", "entropy"}.
         exact_temperature: whether any temperature is exact; if not, only 1.0 is taken.
         score_path: how rows are computed ("runner-rows", "official-fields", "forward").
         determinism: what equal requests may differ by, in words.
+        served: the same teachers, with what each is.
     """
 
     teachers: tuple[str, ...]
@@ -285,6 +326,7 @@ class TeacherInfo:
     determinism: str
     privileged_kinds: tuple[str, ...] = PRIVILEGED_KINDS
     reference_templates: tuple[str, ...] = ()
+    served: tuple[ServedTeacher, ...] = ()
 
 
 def crc32_of(completion_ids: Int32) -> int:

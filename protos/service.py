@@ -1,12 +1,20 @@
-"""The three operations of a teacher as a protocol: what a server's core offers and what a client reaches."""
+"""The operations of a teacher as protocols: what a server offers and what a client reaches."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from protos.errors import TeacherError
-from protos.records import GenerateRequest, GenerateResult, ScoreRequest, ScoreResult, TeacherInfo
+from protos.records import (
+    GenerateRequest,
+    GenerateResult,
+    ScoreRequest,
+    ScoreResult,
+    ServedTeacher,
+    TeacherInfo,
+    WeightsUpdate,
+)
 
 ScoreStream = AsyncGenerator[tuple[int, ScoreResult | TeacherError], None]
 GenerateStream = AsyncGenerator[tuple[int, GenerateResult | TeacherError], None]
@@ -33,6 +41,28 @@ class TeacherService(Protocol):
 
     def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
         """As `score_stream`."""
+        ...
+
+
+class TeacherAdmin(Protocol):
+    """What changes the teachers themselves."""
+
+    async def update_weights(
+        self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
+    ) -> ServedTeacher:
+        """What is served once the new weights are: in-flight requests finish on the old ones, later ones wait.
+
+        Args:
+            chunks: one safetensors file's bytes in order; none where `update` has a path.
+            timeout_s: until the caller no longer wants the change; a change that has begun by then is finished.
+
+        Raises:
+            TeacherError: the old weights are still served, unless the message says that the engine is gone.
+        """
+        ...
+
+    async def unload(self, teacher: str, *, timeout_s: float | None = None) -> ServedTeacher:
+        """The adapter that is no longer served; what is in flight finishes on it."""
         ...
 
 

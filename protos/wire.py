@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterable
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import quote
 
 from protos.errors import Corrupted
 
@@ -26,6 +27,9 @@ GRPC_LIMITS = (
 
 PROTOBUF_TYPE = "application/x-protobuf"
 JSON_TYPE = "application/json"
+MAX_CHUNK_BYTES = 512 * 1024
+"""What one message of an upload carries: half of the smallest limit that a server can set on a message."""
+
 TIMEOUT_HEADER = "x-timeout-s"
 """The caller's deadline over HTTP, in seconds from now; gRPC has its own."""
 AUTHORIZATION = "authorization"
@@ -56,9 +60,22 @@ GET_INFO = Operation("GetInfo", "GET", "/v1/info")
 SCORE = Operation("Score", "POST", "/v1/score")
 GENERATE = Operation("Generate", "POST", "/v1/generate")
 
+WEIGHTS_PATH = "/v1/teachers/{name}/weights"
+TEACHER_PATH = "/v1/teachers/{name}"
+
+
+def update_weights(teacher: str) -> Operation:
+    """The update of one teacher's weights."""
+    return Operation("UpdateWeights", "PUT", WEIGHTS_PATH.format(name=quote(teacher, safe="")))
+
+
+def unload_teacher(teacher: str) -> Operation:
+    """The end of one teacher's service."""
+    return Operation("UnloadTeacher", "DELETE", TEACHER_PATH.format(name=quote(teacher, safe="")))
+
 
 class Transport(Protocol):
-    """Moves serialised messages: one request out, a stream of replies back. It knows no message type."""
+    """Moves serialised messages: one out and a stream back, or a stream out and one back. It knows no message type."""
 
     @property
     def url(self) -> str:
@@ -73,6 +90,14 @@ class Transport(Protocol):
 
         Raises:
             TeacherError: the server's own error; NotReady when it cannot be reached or the stream broke off.
+        """
+        ...
+
+    async def upload(self, operation: Operation, requests: AsyncIterable[bytes], *, timeout_s: float | None) -> bytes:
+        """The serialised reply to a stream of requests; arguments and errors as for `stream`.
+
+        The server's error is raised also where it came before the last request was sent; an exception of `requests`
+        breaks the call off and is raised as it is.
         """
         ...
 

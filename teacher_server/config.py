@@ -29,6 +29,10 @@ class ServeConfig:
         max_tokens_in_flight: Tokens in the engine at a time; the rest waits.
         max_queued_tokens: Tokens that may wait; of one client no more than is free, so half of it when alone. A request
             beyond is refused as Overloaded.
+        teacher: LoRA adapters of the model to serve as further teachers, as NAME=FOLDER; may be repeated.
+        max_adapters: LoRA adapters at a time; as many as `teacher` names when absent.
+        max_lora_rank: The largest rank of an adapter.
+        weights_root: The folder below which clients may name weights by path; no paths are taken when absent.
         tensor_parallel_size: GPUs that share the model (vllm).
         kv_cache_gib: Memory for the KV cache in GiB (vllm); what is free on the GPU when absent.
         threads: CPU threads of the engine; the libraries' own choice when absent.
@@ -63,6 +67,10 @@ class ServeConfig:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
+    teacher: tuple[str, ...] = ()
+    max_adapters: int | None = None
+    max_lora_rank: int = 64
+    weights_root: Path | None = None
     tensor_parallel_size: int = 1
     kv_cache_gib: float | None = None
     threads: int | None = None
@@ -79,6 +87,7 @@ class ServeConfig:
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be from {least} to {most}")
         lowest = {"max_model_len": 2, "max_top_k": 0, "max_items": 1, "max_tokens_in_flight": 1, "max_queued_tokens": 1}
+        lowest |= {"max_lora_rank": 1, "max_adapters": len(self.teacher)}
         for name, least in (lowest | {"tensor_parallel_size": 1, "threads": 1, "drain_timeout_s": 0}).items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -96,6 +105,24 @@ class ServeConfig:
             raise ValueError(f"otel_endpoint is {self.otel_endpoint!r}; it must be an http:// or https:// URL")
         if not self.name:
             raise ValueError("name is empty; it must have at least one character")
+        names = [self.name]
+        for text in self.teacher:
+            name, _, folder = text.partition("=")
+            if not name or not folder or name in names:
+                raise ValueError(f"teacher is {text!r}; it must be NAME=FOLDER with a name of its own")
+            names.append(name)
+        if self.weights_root is not None and not self.weights_root.is_dir():
+            raise ValueError(f"weights_root is {self.weights_root}; it must be a folder that exists")
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """The folders of `teacher` by name."""
+        return {name: Path(folder).expanduser() for name, _, folder in (text.partition("=") for text in self.teacher)}
+
+    @property
+    def adapter_slots(self) -> int:
+        """How many adapters the engine is built for."""
+        return len(self.teacher) if self.max_adapters is None else self.max_adapters
 
 
 class StartError(Exception):

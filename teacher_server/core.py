@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -37,6 +37,7 @@ from teacher_server.admission import Admission, Ticket
 from teacher_server.engines.base import Engine, EngineDeadError, GenerateTask, ScoreRows, ScoreTask
 from teacher_server.observation import current, phase
 from teacher_server.privileged import REFERENCE_TEMPLATES, Context, compose
+from teacher_server.teachers import Teachers, Weights
 
 _Result = TypeVar("_Result", ScoreResult, GenerateResult)
 
@@ -63,11 +64,12 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class _Job(Generic[_Result]):
-    """One validated item: what it costs in tokens, and how to do it after `queue_s` seconds in the queue."""
+    """One validated item: what it costs in tokens, and how its teacher does it after `queue_s` seconds in the queue."""
 
     num_context_tokens: int
     num_new_tokens: int
-    run: Callable[[float], Awaitable[_Result]]
+    teacher: str
+    run: Callable[[Weights, float], Awaitable[_Result]]
 
 
 class TeacherCore:
@@ -83,7 +85,7 @@ class TeacherCore:
         tokenizer: Tokenizer,
         admission: Admission,
         *,
-        teachers: tuple[str, ...],
+        teachers: Teachers,
         max_items: int,
         max_top_k: int | None = None,
     ) -> None:
@@ -91,11 +93,12 @@ class TeacherCore:
         self._engine = engine
         self._tokenizer = tokenizer
         self._admission = admission
+        self._teachers = teachers
         # One thread: chats must not block the event loop, and a tokenizer is not safe to share between threads.
         self._text_thread = ThreadPoolExecutor(1, "text")
         own = engine.info
         self._info = TeacherInfo(
-            teachers=teachers,
+            teachers=(),
             model=own.model,
             revision=own.revision,
             weights_version=0,
@@ -117,7 +120,7 @@ class TeacherCore:
 
     async def info(self) -> TeacherInfo:
         """See TeacherService."""
-        return self._info
+        return self._info_now()
 
     def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None, client: str = "") -> ScoreStream:
         """See teacher_server.gate.Core."""
@@ -139,6 +142,11 @@ class TeacherCore:
             for watch in watches:
                 watch.cancel()
 
+    def _info_now(self) -> TeacherInfo:
+        served = self._teachers.served
+        names = tuple(teacher.name for teacher in served)
+        return replace(self._info, teachers=names, weights_version=served[0].weights_version, served=served)
+
     def close(self) -> None:
         """Ends the tokenizer's thread; the engine is its owner's to close."""
         self._text_thread.shutdown(wait=False)
@@ -157,7 +165,10 @@ class TeacherCore:
         tasks: list[asyncio.Task[None]] = []
         try:
             with phase("compose"):
-                jobs = await loop.run_in_executor(self._text_thread, self._plan, request, plan)
+                jobs = await loop.run_in_executor(self._text_thread, self._plan, request, plan, self._info_now())
+            await self._teachers.reach(
+                {job.teacher for job in jobs}, request.min_weights_version, request.max_weights_wait_s, deadline
+            )
             tickets = self._admission.admit([job.num_context_tokens + job.num_new_tokens for job in jobs], client)
             outcomes: asyncio.Queue[tuple[int, _Result | TeacherError]] = asyncio.Queue()
             tasks = [
@@ -167,7 +178,7 @@ class TeacherCore:
             async with aclosing(errors_held(first(outcomes, len(jobs)))) as replies:
                 async for index, outcome in replies:
                     item = request.items[index]
-                    observation.add(item.teacher or self._info.teachers[0], item, outcome)
+                    observation.add(item.teacher or self._teachers.default, item, outcome)
                     yield index, outcome
         except TeacherError as error:
             observation.error = error.name
@@ -181,10 +192,12 @@ class TeacherCore:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _plan(
-        self, request: ScoreRequest | GenerateRequest, plan: Callable[[Any, TeacherInfo], _Job[_Result]]
+        self,
+        request: ScoreRequest | GenerateRequest,
+        plan: Callable[[Any, TeacherInfo], _Job[_Result]],
+        info: TeacherInfo,
     ) -> list[_Job[_Result]]:
         """A job for every item, or the first item's error with its place in the request."""
-        info = self._info
         validate.check_request(request, info)
         jobs = []
         for i, item in enumerate(request.items):
@@ -199,7 +212,7 @@ class TeacherCore:
         context = compose(item.prompt, item.privileged, self._tokenizer.render)
         num_tokens = len(item.completion_ids)
         validate.check_fits(context, num_tokens, "of the completion", info)
-        return _Job(len(context.ids), num_tokens, partial(self._score, item, context, info.weights_version))
+        return _Job(len(context.ids), num_tokens, item.teacher, partial(self._score, item, context))
 
     def _plan_generate(self, item: GenerateItem, info: TeacherInfo) -> _Job[GenerateResult]:
         validate.check_generate_item(item, info)
@@ -211,7 +224,7 @@ class TeacherCore:
         )
         validate.check_fits(context, item.max_new_tokens, "to write", info)
         num_new_tokens = item.max_new_tokens * item.num_samples
-        return _Job(len(context.ids), num_new_tokens, partial(self._generate, item, context, info.weights_version))
+        return _Job(len(context.ids), num_new_tokens, item.teacher, partial(self._generate, item, context))
 
     async def _do(
         self,
@@ -229,8 +242,9 @@ class TeacherCore:
             async with timeout:
                 with phase("queue"):
                     await ticket.granted.wait()
-                with phase("engine"):
-                    outcome = await job.run(time.monotonic() - queued_at)
+                async with self._teachers.use(job.teacher) as weights:
+                    with phase("engine"):
+                        outcome = await job.run(weights, time.monotonic() - queued_at)
         except TeacherError as error:
             outcome = error
         except ValueError as error:
@@ -248,11 +262,19 @@ class TeacherCore:
             self._admission.release(ticket)
         outcomes.put_nowait((index, outcome))
 
-    async def _score(self, item: ScoreItem, context: Context, weights_version: int, queue_s: float) -> ScoreResult:
+    async def _score(self, item: ScoreItem, context: Context, weights: Weights, queue_s: float) -> ScoreResult:
         started = time.monotonic()
         num_tokens = len(item.completion_ids)
         candidate_ids = np.empty((num_tokens, 0), np.int32) if item.candidate_ids is None else item.candidate_ids
-        task = ScoreTask(context.ids, item.completion_ids, item.temperature, item.top_k, candidate_ids, item.entropy)
+        task = ScoreTask(
+            context_ids=context.ids,
+            completion_ids=item.completion_ids,
+            temperature=item.temperature,
+            top_k=item.top_k,
+            candidate_ids=candidate_ids,
+            entropy=item.entropy,
+            adapter=weights.adapter,
+        )
         rows = await self._engine.score(task) if num_tokens else _no_rows(task)
         return ScoreResult(
             sampled_logprobs=rows.sampled_logprobs,
@@ -260,7 +282,7 @@ class TeacherCore:
             top_logprobs=_as_sent(rows.top_logprobs, item),
             candidate_logprobs=_as_sent(rows.candidate_logprobs, item),
             entropy=rows.entropy,
-            weights_version=weights_version,
+            weights_version=weights.version,
             num_context_tokens=len(context.ids),
             num_cached_tokens=rows.num_cached_tokens,
             queue_s=queue_s,
@@ -269,9 +291,7 @@ class TeacherCore:
             half_precision=item.half_precision,
         )
 
-    async def _generate(
-        self, item: GenerateItem, context: Context, weights_version: int, queue_s: float
-    ) -> GenerateResult:
+    async def _generate(self, item: GenerateItem, context: Context, weights: Weights, queue_s: float) -> GenerateResult:
         started = time.monotonic()
         eos = () if item.ignore_eos else self._tokenizer.eos_token_ids
         task = GenerateTask(
@@ -283,6 +303,7 @@ class TeacherCore:
             num_samples=item.num_samples,
             seed=item.seed,
             stop_token_ids=tuple(dict.fromkeys(eos + item.stop_token_ids)),
+            adapter=weights.adapter,
         )
         written = await self._engine.generate(task)
         loop = asyncio.get_running_loop()
@@ -294,7 +315,7 @@ class TeacherCore:
                 Sample(sample.token_ids, sample.logprobs, sample.finish_reason, text)
                 for sample, text in zip(written.samples, texts, strict=True)
             ),
-            weights_version=weights_version,
+            weights_version=weights.version,
             num_context_tokens=len(context.ids),
             num_cached_tokens=written.num_cached_tokens,
             queue_s=queue_s,

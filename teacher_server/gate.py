@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import AsyncIterable, Generator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from starlette.types import ASGIApp
 
-from protos.errors import NotReady
-from protos.records import GenerateRequest, ScoreRequest, TeacherInfo
-from protos.service import GenerateStream, ScoreStream
+from protos.errors import InvalidRequest, NotReady
+from protos.records import GenerateRequest, ScoreRequest, ServedTeacher, TeacherInfo, WeightsUpdate
+from protos.service import GenerateStream, ScoreStream, TeacherAdmin
 
 
 class Core(Protocol):
@@ -35,14 +35,23 @@ class Core(Protocol):
 
 @dataclass(frozen=True)
 class Opened:
-    """What an open gate leads to; `openai` answers stock clients, where the engine has such an application."""
+    """What an open gate leads to; `openai` answers stock clients, where the engine has such an application, and `admin`
+    changes the teachers, where the model can be changed.
+    """
 
     core: Core
     openai: ASGIApp | None
+    admin: TeacherAdmin | None
+
+    def changed_by(self) -> TeacherAdmin:
+        """`admin`; InvalidRequest where there is none."""
+        if self.admin is None:
+            raise InvalidRequest("the teachers of this server cannot be changed: its model is not in safetensors files")
+        return self.admin
 
 
 class Gate:
-    """A Core that answers NotReady until it is opened onto another, and again once it is closed."""
+    """A Core and TeacherAdmin that answers NotReady until it is opened onto others, and again once it is closed."""
 
     def __init__(self) -> None:
         self._opened: Opened | None = None
@@ -56,9 +65,9 @@ class Gate:
         """Whether new work is taken."""
         return self._opened is not None
 
-    def open(self, core: Core, openai: ASGIApp | None = None) -> None:
-        """Lets new work through to `core`, and that of stock clients to `openai`."""
-        self._opened = Opened(core, openai)
+    def open(self, core: Core, openai: ASGIApp | None = None, admin: TeacherAdmin | None = None) -> None:
+        """Lets new work through to `core`, that of stock clients to `openai`, and changes to `admin`."""
+        self._opened = Opened(core, openai, admin)
 
     def close(self, reason: str) -> None:
         """Refuses new work with NotReady and this sentence; what is in flight goes on."""
@@ -109,3 +118,15 @@ class Gate:
             async with aclosing(opened.core.generate_stream(request, timeout_s=timeout_s, client=client)) as replies:
                 async for reply in replies:
                     yield reply
+
+    async def update_weights(
+        self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
+    ) -> ServedTeacher:
+        """See TeacherAdmin."""
+        with self.entered() as opened:
+            return await opened.changed_by().update_weights(update, chunks, timeout_s=timeout_s)
+
+    async def unload(self, teacher: str, *, timeout_s: float | None = None) -> ServedTeacher:
+        """See TeacherAdmin."""
+        with self.entered() as opened:
+            return await opened.changed_by().unload(teacher, timeout_s=timeout_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from contextvars import ContextVar
 from typing import NoReturn
@@ -33,6 +33,7 @@ from teacher_server.gate import Gate
 from teacher_server.limits import Limits
 from teacher_server.observation import Observe, current, phase
 from teacher_server.observers import ObservingInterceptor
+from teacher_server.upload import read_out, read_upload
 
 HEALTH_NAMES = ("", GRPC_SERVICE)
 
@@ -66,7 +67,7 @@ class GrpcListener:
 
 
 class _Methods:
-    """The three methods over serialised messages; the codec refuses broken ones as it does over HTTP."""
+    """The methods over serialised messages; the codec refuses broken ones as it does over HTTP."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -78,6 +79,8 @@ class _Methods:
                 GET_INFO.grpc_method: grpc.unary_unary_rpc_method_handler(self.get_info),
                 SCORE.grpc_method: grpc.unary_stream_rpc_method_handler(self.score),
                 GENERATE.grpc_method: grpc.unary_stream_rpc_method_handler(self.generate),
+                "UpdateWeights": grpc.stream_unary_rpc_method_handler(self.update_weights),
+                "UnloadTeacher": grpc.unary_unary_rpc_method_handler(self.unload),
             },
         )
 
@@ -112,6 +115,25 @@ class _Methods:
                     with phase("encode"):
                         reply = codec.encode_generate_reply(index, outcome)
                     yield reply
+        except Exception as error:
+            await _abort(context, error)
+
+    async def update_weights(self, messages: AsyncIterable[bytes], context: grpc.aio.ServicerContext) -> bytes:
+        try:
+            _client(context, auth.ADMIN)
+            update, chunks = await read_upload(messages)
+            served = await self._gate.update_weights(update, chunks, timeout_s=context.time_remaining())
+            return codec.encode_updated(served)
+        except Exception as error:
+            await read_out(messages)
+            await _abort(context, error)
+
+    async def unload(self, body: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        try:
+            _client(context, auth.ADMIN)
+            _check(body, context)
+            teacher = codec.decode_unload(body)
+            return codec.encode_unloaded(await self._gate.unload(teacher, timeout_s=context.time_remaining()))
         except Exception as error:
             await _abort(context, error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -13,6 +14,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
+from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -27,7 +29,7 @@ from protos.errors import (
     Unauthenticated,
     too_large,
 )
-from protos.records import TeacherInfo
+from protos.records import ServedTeacher, TeacherInfo
 from protos.wire import (
     AUTHORIZATION,
     BODY_CRC_HEADER,
@@ -37,7 +39,10 @@ from protos.wire import (
     JSON_TYPE,
     PROTOBUF_TYPE,
     SCORE,
+    TEACHER_PATH,
     TIMEOUT_HEADER,
+    WEIGHTS_PATH,
+    FrameReader,
     check_body,
     frame,
 )
@@ -45,6 +50,7 @@ from teacher_server import auth, openai_routes
 from teacher_server.gate import Gate
 from teacher_server.limits import DEFAULT_LIMITS, Limits
 from teacher_server.observation import current, phase
+from teacher_server.upload import read_out, read_upload
 
 _log = structlog.get_logger()
 _INFO_JSON = TypeAdapter(TeacherInfo)
@@ -82,6 +88,8 @@ _GENERATE = _Form(
     json_models.GenerateRepliesJson,
 )
 
+_JSON_REQUESTS = (_SCORE.json_request, _GENERATE.json_request, json_models.WeightsUpdateJson)
+
 
 def create_app(
     gate: Gate,
@@ -105,7 +113,7 @@ def create_app(
         SCORE.http_path,
         response_model=json_models.ScoreRepliesJson,
         responses=_error_responses(),
-        openapi_extra=_request_body(_SCORE),
+        openapi_extra=_request_body(_SCORE.json_request),
     )
     async def score(request: Request) -> Response:
         """Log-probs of every item's completion; over protobuf each reply is sent as soon as its item is done."""
@@ -117,13 +125,51 @@ def create_app(
         GENERATE.http_path,
         response_model=json_models.GenerateRepliesJson,
         responses=_error_responses(),
-        openapi_extra=_request_body(_GENERATE),
+        openapi_extra=_request_body(_GENERATE.json_request),
     )
     async def generate(request: Request) -> Response:
         """Continuations of every item; over protobuf each reply is sent as soon as its item is done."""
         client = _client(request, auth.GENERATE)
         body = await _read(request, _GENERATE, limits)
         return _Replies(gate.generate_stream(body, timeout_s=_timeout_s(request), client=client), _GENERATE, request)
+
+    @app.put(
+        WEIGHTS_PATH.replace("{name}", "{name:path}"),
+        response_model=json_models.ServedTeacherJson,
+        responses=_error_responses(),
+        openapi_extra=_request_body(json_models.WeightsUpdateJson),
+    )
+    async def update_weights(name: str, request: Request) -> Response:
+        """Replaces a teacher's weights: JSON names files on the server, protobuf (an UpdateWeights stream, each message
+        behind its length) brings them."""
+        try:
+            _client(request, auth.ADMIN)
+            if _content_type(request) == JSON_TYPE:
+                body = await _body(request, limits)
+                update, chunks = json_models.weights_update_from_json(name, body), None
+            else:
+                update, chunks = await read_upload(_messages(request))
+            if update.teacher != name:
+                raise InvalidRequest(
+                    f"teacher is {update.teacher[:80]!r}; the path says {name[:80]!r}", field="teacher"
+                )
+            served = await gate.update_weights(update, chunks, timeout_s=_timeout_s(request))
+        except TeacherError:
+            with contextlib.suppress(ClientDisconnect, RuntimeError):  # gone, or read to the end
+                await read_out(request.stream())
+            raise
+        return _served_response(request, served, codec.encode_updated)
+
+    @app.delete(
+        TEACHER_PATH.replace("{name}", "{name:path}"),
+        response_model=json_models.ServedTeacherJson,
+        responses=_error_responses(),
+    )
+    async def unload(name: str, request: Request) -> Response:
+        """Takes an adapter out of service; what is in flight finishes."""
+        _client(request, auth.ADMIN)
+        served = await gate.unload(name, timeout_s=_timeout_s(request))
+        return _served_response(request, served, codec.encode_unloaded)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -246,13 +292,22 @@ async def _disconnected(receive: Receive) -> None:
 
 async def _read(request: Request, form: _Form, limits: Limits) -> Any:
     """The request's record; InvalidRequest on another content type, too many bytes or a body that is no request."""
-    max_body_bytes = limits.max_message_bytes
+    read = form.from_json if _content_type(request) == JSON_TYPE else form.from_protobuf
+    return read(await _body(request, limits))
+
+
+def _content_type(request: Request) -> str:
+    """One of the two types that bodies may have."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip()
-    readers = {PROTOBUF_TYPE: form.from_protobuf, JSON_TYPE: form.from_json}
-    if content_type not in readers:
+    if content_type not in (PROTOBUF_TYPE, JSON_TYPE):
         raise InvalidRequest(
             f"content-type is {content_type[:80]!r}; send {PROTOBUF_TYPE} or {JSON_TYPE}", field="content-type"
         )
+    return content_type
+
+
+async def _body(request: Request, limits: Limits) -> bytes:
+    max_body_bytes = limits.max_message_bytes
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_body_bytes:
         raise too_large(declared, max_body_bytes)
@@ -269,7 +324,21 @@ async def _read(request: Request, form: _Form, limits: Limits) -> Any:
         ) from None
     data = bytes(body)
     check_body(data, request.headers.get(BODY_CRC_HEADER))
-    return readers[content_type](data)
+    return data
+
+
+async def _messages(request: Request) -> AsyncGenerator[bytes, None]:
+    """The messages of a body in which each stands behind its length; InvalidRequest where one is broken or cut off."""
+    reader = FrameReader()
+    try:
+        async for piece in request.stream():
+            for message in reader.feed(piece):
+                yield message
+        reader.finish()
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not a stream of messages: {error}") from error
+    except ClientDisconnect as error:
+        raise InvalidRequest("the upload broke off") from error
 
 
 def _timeout_s(request: Request) -> float | None:
@@ -287,6 +356,12 @@ def _timeout_s(request: Request) -> float | None:
 
 def _speaks_protobuf(request: Request) -> bool:
     return PROTOBUF_TYPE in request.headers.get("accept", "")
+
+
+def _served_response(request: Request, served: ServedTeacher, encode: Callable[[ServedTeacher], bytes]) -> Response:
+    if _speaks_protobuf(request):
+        return Response(frame(encode(served)), media_type=PROTOBUF_TYPE)
+    return Response(json_models.ServedTeacherJson(**vars(served)).model_dump_json(), media_type=JSON_TYPE)
 
 
 def _error_response(request: Request, error: TeacherError) -> Response:
@@ -311,10 +386,10 @@ def _error_responses() -> dict[int | str, dict[str, Any]]:
     }
 
 
-def _request_body(form: _Form) -> dict[str, Any]:
+def _request_body(json_request: type[BaseModel]) -> dict[str, Any]:
     """The bodies an operation takes; FastAPI cannot know, because the content type decides."""
     content = {
-        JSON_TYPE: {"schema": {"$ref": f"#/components/schemas/{form.json_request.__name__}"}},
+        JSON_TYPE: {"schema": {"$ref": f"#/components/schemas/{json_request.__name__}"}},
         PROTOBUF_TYPE: {"schema": {"type": "string", "format": "binary"}},
     }
     return {"requestBody": {"required": True, "content": content}}
@@ -322,7 +397,7 @@ def _request_body(form: _Form) -> dict[str, Any]:
 
 def _with_request_schemas(document: dict[str, Any], *, needs_token: bool) -> dict[str, Any]:
     _, schemas = models_json_schema(
-        [(_SCORE.json_request, "validation"), (_GENERATE.json_request, "validation")],
+        [(model, "validation") for model in _JSON_REQUESTS],
         ref_template="#/components/schemas/{model}",
     )
     document["components"]["schemas"] |= schemas["$defs"]

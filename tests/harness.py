@@ -25,6 +25,7 @@ from teacher_server.limits import DEFAULT_LIMITS, Limits
 from teacher_server.listeners import Listeners
 from teacher_server.metrics import Metrics
 from teacher_server.observation import Observe
+from teacher_server.teachers import Teachers
 from teacher_server.tls import ServerTls
 from teacher_server.tokenizer import ChatTokenizer
 
@@ -134,30 +135,53 @@ def core_over(
     max_items: int = 64,
     max_top_k: int | None = None,
     admission: Admission | None = None,
+    teachers: Teachers | None = None,
 ) -> TeacherCore:
     """A core over `engine` with the tokenizer of `model`; must be called where the event loop runs."""
     return TeacherCore(
         engine,
         ChatTokenizer.load(str(model)),
         admission or Admission(2**20, 2**20),
-        teachers=("base", "same"),
+        teachers=teachers or Teachers(("base", "same")),
         max_items=max_items,
         max_top_k=max_top_k,
     )
 
 
 @dataclass
-class HeldEngine:
-    """A real engine behind a door: work waits until `door` is set, and counts while it waits or runs."""
+class EngineOver:
+    """A real engine behind another, which its subclasses make different in one way; the inner one is its owner's."""
 
     inner: Engine
-    door: asyncio.Event = field(default_factory=asyncio.Event)
-    num_active: int = 0
-    num_started: int = 0
 
     @property
     def info(self) -> EngineInfo:
         return self.inner.info
+
+    @property
+    def num_unfinished(self) -> int:
+        return self.inner.num_unfinished
+
+    async def score(self, task: ScoreTask) -> ScoreRows:
+        return await self.inner.score(task)
+
+    async def generate(self, task: GenerateTask) -> Continuations:
+        return await self.inner.generate(task)
+
+    async def died(self) -> None:
+        await self.inner.died()
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass
+class HeldEngine(EngineOver):
+    """A real engine behind a door: work waits until `door` is set, and counts while it waits or runs."""
+
+    door: asyncio.Event = field(default_factory=asyncio.Event)
+    num_active: int = 0
+    num_started: int = 0
 
     @property
     def num_unfinished(self) -> int:
@@ -170,9 +194,6 @@ class HeldEngine:
     async def generate(self, task: GenerateTask) -> Continuations:
         async with self._through():
             return await self.inner.generate(task)
-
-    async def died(self) -> None:
-        await self.inner.died()
 
     async def close(self) -> None:
         self.door.set()

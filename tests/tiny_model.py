@@ -32,10 +32,21 @@ rarest is at about -15 nats, where float32 still holds 1e-5 after a forward."""
 
 
 def build_tiny_qwen3(
-    folder: Path, *, seed: int = 0, num_layers: int = 2, max_context_tokens: int = 256, vocab_size: int = VOCAB_SIZE
+    folder: Path,
+    *,
+    seed: int = 0,
+    num_layers: int = 2,
+    max_context_tokens: int = 256,
+    vocab_size: int = VOCAB_SIZE,
+    tied: bool = False,
 ) -> Path:
-    """A model folder below `folder`; equal arguments give equal weights, and a second call builds nothing."""
-    path = folder / f"tiny-qwen3-seed{seed}-layers{num_layers}-context{max_context_tokens}-vocab{vocab_size}"
+    """A model folder below `folder`; equal arguments give equal weights, and a second call builds nothing.
+
+    Args:
+        tied: whether the LM head is the embedding, as in most small models.
+    """
+    name = f"tiny-qwen3-seed{seed}-layers{num_layers}-context{max_context_tokens}-vocab{vocab_size}"
+    path = folder / (f"{name}-tied" if tied else name)
     if path.exists():
         return path
     building = path.with_name(f"{path.name}.{os.getpid()}")
@@ -51,7 +62,7 @@ def build_tiny_qwen3(
         num_key_value_heads=1,
         head_dim=32,
         max_position_embeddings=max_context_tokens,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=special_ids[IM_END],
         pad_token_id=special_ids[EOS],
@@ -62,8 +73,9 @@ def build_tiny_qwen3(
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" not in name:
-                scale = LOGITS_STD if name == "lm_head.weight" else 1.0
-                fan_in = 1 if "embed" in name else weight.shape[-1]
+                is_head = name == ("model.embed_tokens.weight" if tied else "lm_head.weight")
+                scale = LOGITS_STD if is_head else 1.0
+                fan_in = 1 if "embed" in name and not tied else weight.shape[-1]
                 weight.normal_(std=scale / fan_in**0.5, generator=generator)
     model.save_pretrained(building)
     try:

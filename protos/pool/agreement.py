@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from protos.records import TeacherInfo
+from protos.records import ServedTeacher, TeacherInfo
 
 _IDENTITY = ("model", "revision", "dtype")
 """What decides the log-probs besides the tokenizer. Engines may differ: they are tested to agree."""
@@ -46,12 +46,23 @@ def merged(infos: Sequence[TeacherInfo]) -> TeacherInfo:
         score_path=_joined([info.score_path for info in infos]),
         determinism=_joined([info.determinism for info in infos]),
         privileged_kinds=_common([info.privileged_kinds for info in infos]),
+        served=_served([info.served for info in infos]),
         reference_templates=_common([info.reference_templates for info in infos]),
     )
 
 
 def _common(names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(name for name in names[0] if all(name in others for others in names))
+
+
+def _served(replicas: Sequence[tuple[ServedTeacher, ...]]) -> tuple[ServedTeacher, ...]:
+    """The teachers that every replica has, each with its oldest weights."""
+    versions = [{teacher.name: teacher.weights_version for teacher in served} for served in replicas]
+    return tuple(
+        replace(teacher, weights_version=min(of_replica[teacher.name] for of_replica in versions))
+        for teacher in replicas[0]
+        if all(teacher.name in of_replica for of_replica in versions)
+    )
 
 
 def _joined(texts: Sequence[str]) -> str:

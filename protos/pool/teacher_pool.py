@@ -17,16 +17,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from random import Random
 from typing import Self, TypeVar
 
 from protos import verify
-from protos.client import Teacher
+from protos.client import Teacher, read_chunks
 from protos.errors import DeadlineExceeded, TeacherError
 from protos.pool.dispatch import Dispatch, Send, Tally
+from protos.pool.fan_out import kept, on_all
 from protos.pool.members import Members
 from protos.pool.options import PoolOptions
 from protos.pool.resolve import Resolve, look_up
@@ -41,7 +42,9 @@ from protos.records import (
     ScoreItem,
     ScoreRequest,
     ScoreResult,
+    ServedTeacher,
     TeacherInfo,
+    WeightsUpdate,
 )
 from protos.service import GenerateStream, ScoreStream
 
@@ -128,6 +131,22 @@ class TeacherPool:
         """See Teacher."""
         request = request if isinstance(request, GenerateRequest) else GenerateRequest(tuple(request))
         return await verify.in_order(self.generate_stream(request, timeout_s=timeout_s), len(request.items))
+
+    async def update_weights(
+        self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
+    ) -> ServedTeacher:
+        """See TeacherAdmin and `protos.pool.fan_out.on_all`; a path must lead to the same file on every replica."""
+        await self._members.agreed_info()
+        async with kept(chunks) as path:
+            return await on_all(
+                self._members.replicas,
+                lambda teacher: teacher.update_weights(update, path and read_chunks(path), timeout_s=timeout_s),
+            )
+
+    async def unload(self, teacher: str, *, timeout_s: float | None = None) -> ServedTeacher:
+        """See TeacherAdmin and `protos.pool.fan_out.on_all`."""
+        await self._members.agreed_info()
+        return await on_all(self._members.replicas, lambda replica: replica.unload(teacher, timeout_s=timeout_s))
 
     async def aclose(self) -> None:
         """Ends the probes and closes every connection; work in flight fails."""

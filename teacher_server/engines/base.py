@@ -6,7 +6,9 @@ Shape letters as in protos.records: C context tokens, T completion tokens, K top
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from protos.records import FinishReason, Float32, Int32
@@ -36,6 +38,19 @@ class EngineInfo:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """One version of a LoRA adapter (Hu et al. 2021, arXiv:2106.09685) as engines know it.
+
+    Attributes:
+        adapter_id: from 1, never used twice: no cached state of one version can be read by another.
+        folder: adapter_config.json and adapter_model.safetensors, unchanged while the adapter is loaded.
+    """
+
+    adapter_id: int
+    folder: Path
+
+
+@dataclass(frozen=True)
 class ScoreTask:
     """One validated item: C >= 1, T >= 1, C + T <= max_context_tokens, all ids below vocab_size.
 
@@ -46,6 +61,7 @@ class ScoreTask:
         top_k: K, 0 for none.
         candidate_ids: int32 [T, M] with -1 as padding; M = 0 for none.
         entropy: whether to compute it.
+        adapter: a loaded one, or None for the model itself.
     """
 
     context_ids: Int32
@@ -54,6 +70,7 @@ class ScoreTask:
     top_k: int
     candidate_ids: Int32
     entropy: bool
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,7 @@ class GenerateTask:
     """One validated text to continue: C >= 1 and C + max_new_tokens <= max_context_tokens.
 
     Fields as in protos.records.GenerateItem; `context_ids` ends with the prefix, `stop_token_ids` holds EOS too unless
-    it is ignored.
+    it is ignored, and `adapter` is as in ScoreTask.
     """
 
     context_ids: Int32
@@ -84,6 +101,7 @@ class GenerateTask:
     num_samples: int
     seed: int | None
     stop_token_ids: tuple[int, ...]
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +152,26 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Frees the engine's processes and memory."""
+        ...
+
+
+class WeightsEngine(Engine, Protocol):
+    """An engine whose weights can change while it runs; the caller has checked the files against the model."""
+
+    async def load_weights(self, files: Sequence[Path]) -> None:
+        """Puts the tensors of these safetensors files into the model and forgets everything cached under the old ones.
+
+        Nothing may be in flight and no adapter loaded. On any error the weights are undefined until a next call
+        succeeds.
+        """
+        ...
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """Makes `adapter` ready for tasks; work in flight goes on."""
+        ...
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        """Forgets `adapter`, which no task uses."""
         ...
 
 

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import transformers
+from peft import PeftModel
+from safetensors import safe_open
 
 from protos.records import PAD_ID, Int32
 from teacher_server.engines.base import (
     ALL_SUPPORTS,
+    Adapter,
     Continuation,
     Continuations,
     EngineDeadError,
@@ -57,6 +62,7 @@ class TransformersEngine:
     ) -> None:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype)
         self._model: Any = loaded.to(device).eval()
+        self._adapted: PeftModel | None = None  # around the same model, while it has adapters
         config = loaded.config.get_text_config()
         own_limit = config.max_position_embeddings
         if max_context_tokens is not None and max_context_tokens > own_limit:
@@ -103,11 +109,23 @@ class TransformersEngine:
         """Waits for ever: a model in this process does not go before it."""
         await asyncio.Event().wait()
 
+    async def load_weights(self, files: Sequence[Path]) -> None:
+        """See WeightsEngine."""
+        await self._run(lambda _: self._load_weights(files))
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """See WeightsEngine."""
+        await self._run(lambda _: self._load_adapter(adapter))
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        """See WeightsEngine."""
+        await self._run(lambda _: self._unload_adapter(adapter))
+
     async def close(self) -> None:
         """Waits for the item at work, refuses the rest, and frees the model."""
         self._closed.set()
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
-        self._model = None
+        self._model = self._adapted = None
 
     async def _run(self, work: Callable[[threading.Event], Result]) -> Result:
         """Runs in the worker thread; tells the work when its caller is gone."""
@@ -126,12 +144,57 @@ class TransformersEngine:
                 raise
             raise EngineDeadError("the transformers engine was closed") from None
 
+    @torch.no_grad()
+    def _load_weights(self, files: Sequence[Path]) -> None:
+        """Copies tensor by tensor, and insists that all of them came."""
+        parameters = self._model.state_dict()
+        missing = parameters.keys() - self._model.all_tied_weights_keys.keys()
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a dict)
+                    parameters[name].copy_(opened.get_tensor(name))
+                    missing.discard(name)
+        if missing:
+            raise ValueError(f"the files have no {min(missing)}")
+
+    def _load_adapter(self, adapter: Adapter) -> None:
+        name = _peft_name(adapter)
+        if self._adapted is None:
+            self._adapted = PeftModel.from_pretrained(self._model, str(adapter.folder), adapter_name=name)
+        else:
+            self._adapted.load_adapter(str(adapter.folder), adapter_name=name)
+
+    def _unload_adapter(self, adapter: Adapter) -> None:
+        """After the last one the model is plain again."""
+        assert self._adapted is not None
+        name = _peft_name(adapter)
+        others = self._adapted.peft_config.keys() - {name}
+        if others:
+            self._adapted.set_adapter(min(others))  # PEFT warns where the active one goes
+            self._adapted.delete_adapter(name)
+        else:
+            self._model, self._adapted = self._adapted.unload(), None
+
+    @contextmanager
+    def _with(self, adapter: Adapter | None) -> Generator[None, None, None]:
+        """The model as this adapter, or none, leaves it."""
+        if self._adapted is None:
+            assert adapter is None
+            yield
+        elif adapter is None:
+            with self._adapted.disable_adapter():
+                yield
+        else:
+            self._adapted.set_adapter(_peft_name(adapter))
+            yield
+
     @torch.inference_mode()
     def _score(self, task: ScoreTask) -> ScoreRows:
         num_rows = len(task.completion_ids)
         input_ids = self._tensor(np.concatenate([task.context_ids, task.completion_ids[:-1]]))
         # Position p predicts token p + 1, so the last T positions of context + completion[:-1] are the T rows.
-        logits_TV = self._model(input_ids[None], logits_to_keep=num_rows, use_cache=False).logits[0]
+        with self._with(task.adapter):
+            logits_TV = self._model(input_ids[None], logits_to_keep=num_rows, use_cache=False).logits[0]
         assert logits_TV.shape == (num_rows, self._info.vocab_size), logits_TV.shape
         logprobs_TV = torch.log_softmax(logits_TV.float() / task.temperature, dim=-1)
 
@@ -153,7 +216,8 @@ class TransformersEngine:
     @torch.inference_mode()
     def _generate(self, task: GenerateTask, cancelled: threading.Event) -> Continuations:
         seeds = np.random.SeedSequence(task.seed).generate_state(task.num_samples, np.uint64)
-        samples = tuple(self._continue(task, int(seed >> 1), cancelled) for seed in seeds)
+        with self._with(task.adapter):
+            samples = tuple(self._continue(task, int(seed >> 1), cancelled) for seed in seeds)
         return Continuations(samples, num_cached_tokens=0)
 
     def _continue(self, task: GenerateTask, seed: int, cancelled: threading.Event) -> Continuation:
@@ -177,6 +241,10 @@ class TransformersEngine:
 
     def _tensor(self, ids: Int32) -> torch.Tensor:
         return torch.from_numpy(ids.astype(np.int64)).to(self._model.device)
+
+
+def _peft_name(adapter: Adapter) -> str:
+    return f"adapter{adapter.adapter_id}"
 
 
 def sample(logprobs_V: torch.Tensor, task: GenerateTask, generator: torch.Generator) -> torch.Tensor:

@@ -9,18 +9,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import vllm
 from starlette.types import ASGIApp
 from transformers import AutoConfig
 from vllm import RequestOutput, SamplingParams
+from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
 from vllm.logprobs import FlatLogprobs
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import exceptions as vllm_exceptions
@@ -28,6 +32,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from protos.records import FinishReason, Float32
 from teacher_server.engines.base import (
+    Adapter,
     Continuation,
     Continuations,
     EngineDeadError,
@@ -100,6 +105,8 @@ class VllmEngine:
         max_batched_tokens: int = MAX_BATCHED_TOKENS,
         tensor_parallel_size: int = 1,
         kv_cache_gib: float | None = None,
+        max_adapters: int = 0,
+        max_lora_rank: int = 16,
         seed: int = 0,
         engine_args: Mapping[str, Any] | None = None,
     ) -> VllmEngine:
@@ -111,6 +118,8 @@ class VllmEngine:
             max_context_tokens: context and completion together; None is the model's own.
             max_batched_tokens: prompt tokens of one step.
             kv_cache_gib: memory for the KV cache in GiB; None lets vLLM fill the GPU, or is CPU_KV_CACHE_GIB on a CPU.
+            max_adapters: LoRA adapters loaded at a time; 0 leaves LoRA out of the model.
+            max_lora_rank: the largest rank; vLLM reserves memory for `max_adapters` of the next rank that it knows.
             seed: of vLLM's global generator; samples have seeds of their own.
             engine_args: any other field of vLLM's `AsyncEngineArgs`, by name.
 
@@ -143,6 +152,7 @@ class VllmEngine:
                 "use_tqdm_on_load": False,
                 "worker_cls": SCORING_WORKER,
             }
+            | (_lora_args(max_adapters, max_lora_rank) if max_adapters else {})
             | extra
         )
         return await asyncio.to_thread(cls._start, args)
@@ -220,7 +230,7 @@ class VllmEngine:
         """
         for read_prefix_cache in (True, False):
             prompt_ids, params = self._path.request(task, read_prefix_cache=read_prefix_cache)
-            rows = self._path.rows(task, await self._run(prompt_ids, params))
+            rows = self._path.rows(task, await self._run(prompt_ids, params, task.adapter))
             if rows is not None:
                 return rows
         raise RuntimeError(f"vLLM returned no rows for {len(task.completion_ids)} completion tokens")
@@ -257,7 +267,7 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._run(task.context_ids.tolist(), params)
+        output = await self._run(task.context_ids.tolist(), params, task.adapter)
         (sample,) = output.outputs
         token_ids = np.array(sample.token_ids, np.int32)
         if task.top_p == 1.0 and task.top_k == 0:
@@ -278,13 +288,32 @@ class VllmEngine:
                 top_k=0,
                 candidate_ids=np.empty((len(token_ids), 0), np.int32),
                 entropy=False,
+                adapter=task.adapter,
             )
         )
         return rows.sampled_logprobs
 
     async def prefill(self, prompt_ids: list[int]) -> None:
         """Computes a prompt and keeps nothing of it but the prefix cache: what any score of it costs at least."""
-        await self._run(prompt_ids, prefill_params(read_prefix_cache=True))
+        await self._run(prompt_ids, prefill_params(read_prefix_cache=True), None)
+
+    async def load_weights(self, files: Sequence[Path]) -> None:
+        """See WeightsEngine; the prefix cache is emptied, since its keys and values are those of the old weights."""
+        with _deaths_named():
+            await self._llm.collective_rpc("replace_weights", args=([str(file) for file in files],))
+            # Requests that were cancelled may still be running: they would hold blocks, and the reset would not happen.
+            if not await self._llm.reset_prefix_cache(reset_running_requests=True):
+                raise RuntimeError("vLLM could not empty its prefix cache")
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """See WeightsEngine."""
+        with _deaths_named():
+            await self._llm.add_lora(_lora_request(adapter))
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        """See WeightsEngine; what the prefix cache holds under its name is never asked for again."""
+        with _deaths_named():
+            await self._llm.remove_lora(adapter.adapter_id)
 
     async def died(self) -> None:
         """Returns once vLLM's engine process is gone (`AsyncLLM.errored`), within DEATH_POLL_S of its end."""
@@ -301,19 +330,21 @@ class VllmEngine:
         # vLLM closes its sockets but leaves their ZeroMQ context, and the context's threads, behind.
         await asyncio.to_thread(client.resources.ctx.destroy, linger=0)
 
-    async def _run(self, prompt_ids: list[int], params: SamplingParams) -> RequestOutput:
+    async def _run(self, prompt_ids: list[int], params: SamplingParams, adapter: Adapter | None) -> RequestOutput:
         """One request's final output; cancelling the caller aborts the request in the engine."""
         request_id = str(next(self._request_ids))
+        lora_request = None if adapter is None else _lora_request(adapter)
         final: RequestOutput | None = None
         try:
-            async for output in self._llm.generate(tokens_input(prompt_ids), params, request_id):
-                final = output
+            with _deaths_named():
+                async for output in self._llm.generate(
+                    tokens_input(prompt_ids), params, request_id, lora_request=lora_request
+                ):
+                    final = output
         except asyncio.CancelledError:
             # AsyncLLM aborts by itself only once the request was sent.
             await self._llm.abort(request_id)
             raise
-        except vllm_exceptions.EngineDeadError as error:
-            raise EngineDeadError("vLLM's engine process has died; its log has the reason") from error
         except VLLMClientError as error:
             raise ValueError(str(error)) from error
         assert final is not None
@@ -324,6 +355,28 @@ class VllmEngine:
         if finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended request {request_id} with {finish_reason!r}")
         return final
+
+
+@contextmanager
+def _deaths_named() -> Iterator[None]:
+    """vLLM's own word for a dead engine as ours."""
+    try:
+        yield
+    except vllm_exceptions.EngineDeadError as error:
+        raise EngineDeadError("vLLM's engine process has died; its log has the reason") from error
+
+
+def _lora_args(max_adapters: int, max_lora_rank: int) -> dict[str, Any]:
+    """One slot more than adapters, so that a new version is loaded while the one before it is still in use."""
+    ranks = [rank for rank in get_args(MaxLoRARanks) if rank >= max_lora_rank]
+    if not ranks:
+        raise ValueError(f"max_lora_rank is {max_lora_rank}; vLLM takes at most {max(get_args(MaxLoRARanks))}")
+    return {"enable_lora": True, "max_loras": max_adapters + 1, "max_lora_rank": min(ranks)}
+
+
+def _lora_request(adapter: Adapter) -> LoRARequest:
+    """The name is part of the prefix cache's keys, so each version of an adapter has its own cache."""
+    return LoRARequest(f"adapter-{adapter.adapter_id}", adapter.adapter_id, str(adapter.folder))
 
 
 def _own_dtype(model: str, revision: str | None) -> Any:

@@ -7,6 +7,7 @@ Runs in vLLM's worker processes; `VllmEngine` names `ScoringWorker` by import pa
   counted in `requests[...].num_computed_tokens`;
 - `ModelRunnerOutput.prompt_token_id_logprobs_dict` carries one tensor a request, untouched, to
   `RequestOutput.prompt_token_id_logprobs`;
+- `reload_weights` takes an iterator over a checkpoint's tensors and redoes what loading does to them afterwards;
 - `input_batch.generators` and `discard_request_mask` are indexed alike, and stay so while a step is sampled.
 """
 
@@ -18,11 +19,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
+from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 from vllm.platforms import current_platform
 from vllm.v1.outputs import ModelRunnerOutput
 
 from teacher_server.engines.orphan import end_with_server
 from teacher_server.engines.rows import RowsRequest, score_rows
+from teacher_server.engines.vllm_lora import GroupedLora, linear_modules
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Runner
@@ -129,6 +134,14 @@ class RowScoring(_Runner):
         yield
         generators.update(set_aside)
 
+    def load_lora_model(self, model: Any, vllm_config: Any, device: torch.device) -> Any:
+        """vLLM's own, without adapters on the LM head: their rows would be those of the step's sampled tokens."""
+        vllm_config.lora_config.target_modules = linear_modules(model)
+        model = super().load_lora_model(model, vllm_config, device)
+        if current_platform.is_cpu():
+            GroupedLora.install(self.lora_manager)
+        return model
+
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         super()._on_request_state_removed(req_id, req_state)
         self._pending.pop(req_id, None)
@@ -144,3 +157,34 @@ class ScoringWorker(_PlatformWorker):
         end_with_server()
         super().init_device()
         RowScoring.install(self.model_runner)
+
+    def replace_weights(self, files: list[str]) -> None:
+        """Loads these safetensors files in place, as vLLM reloads a checkpoint; every rank reads its own shard."""
+        try:
+            self.reload_weights(weights_iterator=safetensors_weights_iterator(files, use_tqdm_on_load=False))
+        except BaseException:
+            abandon_reload(self.model_runner.get_model())
+            raise
+        repack_tied_heads(self.model_runner.get_model())
+
+
+def repack_tied_heads(model: torch.nn.Module) -> None:
+    """On a CPU an LM head computes with a packed copy of its weight; vLLM's reload leaves the copy of a tied one old,
+    since no tensor of the checkpoint is the head's own. Where the weight is used as it is, this does nothing.
+    """
+    for layer in model.modules():
+        if isinstance(method := getattr(layer, "quant_method", None), UnquantizedEmbeddingMethod):
+            method.process_weights_after_loading(layer)
+
+
+def abandon_reload(model: torch.nn.Module) -> None:
+    """Makes a model whole again whose reload broke off, with weights old and new: else a next load would fail on it.
+
+    While vLLM reloads (vllm.model_executor.model_loader.reload.layerwise), a layer's tensors are on the meta device
+    until all of them have come.
+    """
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        if info.can_load():
+            _place_kernel_tensors(layer, info)
+        info.reset()

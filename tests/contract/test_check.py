@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -19,7 +19,9 @@ from protos.records import (
     ScoreItem,
     ScoreRequest,
     ScoreResult,
+    ServedTeacher,
     TeacherInfo,
+    WeightsUpdate,
 )
 from protos.service import GenerateStream, ScoreStream
 from teacher_server import check as checks
@@ -73,6 +75,14 @@ class Altered:
 
     def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
         return self._inner.generate_stream(request, timeout_s=timeout_s)
+
+    async def update_weights(
+        self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
+    ) -> ServedTeacher:
+        return await self._inner.update_weights(update, chunks, timeout_s=timeout_s)
+
+    async def unload(self, teacher: str, *, timeout_s: float | None = None) -> ServedTeacher:
+        return await self._inner.unload(teacher, timeout_s=timeout_s)
 
     async def aclose(self) -> None:
         await self._inner.aclose()

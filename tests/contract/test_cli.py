@@ -18,9 +18,10 @@ import pytest
 from protos.client import Teacher, connect
 from protos.credentials import Tls
 from protos.errors import NotReady, PermissionDenied, Unauthenticated
-from protos.records import GenerateItem, GenerateRequest, ScoreItem
+from protos.records import GenerateItem, GenerateRequest, ScoreItem, WeightsUpdate
 from tests.authority import Authority
 from tests.harness import ROOT, LoopThread, collector
+from tests.lora import build_adapter
 from tests.server_process import PROGRAM, START_S
 from tests.server_process import ServerProcess as Process
 
@@ -84,6 +85,10 @@ def test_log_lines_carry_the_request_s_id_and_nothing_is_traced_unasked() -> Non
         (["--tls-key", "a.key"], ["tls_key is a.key and tls_cert is absent; give both"]),
         (["--tls-client-ca", "ca.pem"], ["tls_client_ca is ca.pem and tls_cert is absent"]),
         (["--max-message-mib", "257"], ["max_message_mib is 257", "256"]),
+        (["--teacher", "rlvr"], ["teacher is 'rlvr'", "NAME=FOLDER"]),
+        (["--teacher", "base=x"], ["teacher is 'base=x'", "a name of its own"]),
+        (["--teacher", "a=x", "--teacher", "b=x", "--max-adapters", "1"], ["max_adapters is 1", "at least 2"]),
+        (["--weights-root", "/no/such"], ["weights_root is /no/such", "folder that exists"]),
     ],
 )
 def test_a_bad_flag_is_one_sentence(args: list[str], words: list[str]) -> None:
@@ -129,6 +134,17 @@ def test_a_port_in_use_is_one_sentence(tiny_model: Path, flag: str) -> None:
         args = [part for pair in ports.items() for part in pair]
         done = finish("serve", "--model", str(tiny_model), "--engine", "transformers", *args)
     assert_one_sentence(done, port)
+
+
+def test_a_missing_adapter_is_one_sentence(tiny_model: Path) -> None:
+    done = finish("serve", "--model", str(tiny_model), "--teacher", "rlvr=/no/such/adapter")
+    assert_one_sentence(done, "no folder /no/such/adapter", "'rlvr'")
+
+
+@pytest.mark.slow
+def test_a_folder_without_an_adapter_is_one_sentence(tiny_model: Path, tmp_path: Path) -> None:
+    args = ("--engine", "transformers", "--http-port", "0", "--grpc-port", "0", "--teacher", f"rlvr={tmp_path}")
+    assert_one_sentence(finish("serve", "--model", str(tiny_model), *args), str(tmp_path), "adapter_config.json")
 
 
 @pytest.fixture
@@ -276,6 +292,37 @@ def test_vllm_serves_and_ends(run: LoopThread, tiny_model: Path, tmp_path: Path)
         assert run(scenario()) == ("base",)
         os.kill(process.process.pid, signal.SIGTERM)
         assert process.process.wait(60) == 0, process.log.read_text()
+    finally:
+        if process.process.poll() is None:
+            process.process.kill()
+        process.process.wait()
+
+
+@pytest.mark.slow
+def test_adapters_are_served_and_changed_as_the_flags_say(run: LoopThread, tiny_model: Path, tmp_path: Path) -> None:
+    adapter = build_adapter(tmp_path, tiny_model, seed=1)
+    args = ("--engine", "transformers", "--threads", "1", "--http-port", "0", "--grpc-port", "0")
+    secret = "of-the-operator-alone"
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(f'[operator]\ntoken = "{secret}"\nscopes = ["score", "admin"]\n')
+    tokens.chmod(0o600)
+    flags = ("--teacher", f"rlvr={adapter}", "--max-adapters", "2", "--tokens", str(tokens))
+    process = Process(tiny_model, tmp_path, *args, *flags, "--weights-root", str(tmp_path))
+
+    async def scenario() -> None:
+        async with connect(process.ready["http_url"], token=secret) as teacher:
+            assert (await teacher.info()).teachers == ("base", "rlvr")
+            await teacher.update_weights(WeightsUpdate("sft", 1, path=adapter.name))
+            ids = np.arange(8, dtype=np.int32)
+            items = [ScoreItem(ids, ids, teacher=name) for name in ("base", "rlvr", "sft")]
+            base, rlvr, sft = [result.sampled_logprobs for result in await teacher.score(items)]
+            np.testing.assert_array_equal(rlvr, sft)
+            assert np.abs(rlvr - base).max() > 0.1
+
+    try:
+        run(scenario())
+        os.kill(process.process.pid, signal.SIGTERM)
+        assert process.process.wait(30) == 0, process.log.read_text()
     finally:
         if process.process.poll() is None:
             process.process.kill()

@@ -19,9 +19,9 @@ from protos.records import Chat, Message, Reference, ScoreItem, TeacherInfo
 from teacher_server.bench import BenchResult, bench, random_item
 from teacher_server.cli import main
 from teacher_server.commands import BenchConfig
-from teacher_server.engines.base import Engine
+from teacher_server.engines.base import Engine, ScoreRows, ScoreTask
 from teacher_server.wire_meter import WireMeter
-from tests.harness import LoopThread, Server, core_over, serving
+from tests.harness import EngineOver, LoopThread, Server, core_over, serving
 
 
 @dataclass
@@ -187,27 +187,20 @@ def test_bench_stops_when_the_time_is_over(run: LoopThread, transformers_server:
 
 
 def test_bench_counts_errors_by_name(run: LoopThread, transformers_engine: Engine, tiny_model: Path) -> None:
-    class FailingLater:
+    @dataclass
+    class FailingLater(EngineOver):
         """A real engine that fails from its third task on: after the warm-up and the metered request."""
 
-        def __init__(self) -> None:
-            self.num_tasks = 0
-            self.info = transformers_engine.info
+        num_tasks: int = 0
 
-        async def score(self, task: Any) -> Any:
+        async def score(self, task: ScoreTask) -> ScoreRows:
             self.num_tasks += 1
             if self.num_tasks > 2:
                 raise RuntimeError("out of order")
-            return await transformers_engine.score(task)
-
-        async def generate(self, task: Any) -> Any:
-            return await transformers_engine.generate(task)
-
-        async def close(self) -> None:
-            """The inner engine is its owner's."""
+            return await self.inner.score(task)
 
     async def scenario() -> BenchResult:
-        async with serving(core_over(FailingLater(), tiny_model)) as server:
+        async with serving(core_over(FailingLater(transformers_engine), tiny_model)) as server:
             return await bench(server.url("grpc"), BenchConfig(requests=4, completion_tokens=5, top_k=1, seed=0))
 
     with structlog.testing.capture_logs():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -56,6 +56,9 @@ class Canned:
     ) -> AsyncGenerator[bytes, None]:
         for reply in self.replies:
             yield reply
+
+    async def upload(self, operation: Operation, requests: AsyncIterable[bytes], *, timeout_s: float | None) -> bytes:
+        return self.replies[0]
 
     async def aclose(self) -> None:
         """Nothing is open."""

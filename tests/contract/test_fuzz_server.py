@@ -24,6 +24,7 @@ from protos.wire import GENERATE, PROTOBUF_TYPE, SCORE, FrameReader, Operation
 from teacher_server.admission import Admission
 from teacher_server.core import TeacherCore
 from teacher_server.engines.base import Engine
+from teacher_server.teachers import Teachers
 from teacher_server.tokenizer import ChatTokenizer
 from tests.fuzz import GENERATE_REQUESTS, NUM_CASES, SCORE_REQUESTS, check_cases, damaged, spoilt
 from tests.harness import LoopThread, Server, start_server
@@ -53,7 +54,7 @@ def target(run: LoopThread, transformers_engine: Engine, tiny_model: Path) -> It
     async def start() -> Target:
         admission = Admission(2**20, 2**22)
         tokenizer = ChatTokenizer.load(str(tiny_model))
-        core = TeacherCore(transformers_engine, tokenizer, admission, teachers=("base",), max_items=64)
+        core = TeacherCore(transformers_engine, tokenizer, admission, teachers=Teachers(("base",)), max_items=64)
         server = await start_server(core)
         http = httpx.AsyncClient(base_url=server.listeners.http_url, timeout=TIMEOUT_S * 2)
         channel = grpc.aio.insecure_channel(server.listeners.grpc_url.removeprefix("grpc://"))

@@ -20,11 +20,11 @@ from protos.errors import EngineFailed, NotReady, TeacherError, UnknownTeacher
 from protos.records import GenerateItem, ScoreItem, ScoreRequest
 from protos.wire import PROTOBUF_TYPE
 from teacher_server.admission import Admission
-from teacher_server.engines.base import Continuations, Engine, EngineInfo, GenerateTask, ScoreRows, ScoreTask
+from teacher_server.engines.base import Engine, ScoreRows, ScoreTask
 from teacher_server.metrics import Metrics
 from teacher_server.observation import PHASES, Observation
 from teacher_server.observers import ObservingInterceptor
-from tests.harness import HeldEngine, LoopThread, Server, core_over, serving, until
+from tests.harness import EngineOver, HeldEngine, LoopThread, Server, core_over, serving, until
 
 PROMPT = np.array([1, 2, 3], np.int32)
 ITEM = ScoreItem(PROMPT, np.array([4, 5], np.int32))
@@ -48,27 +48,14 @@ def value(found: Samples, name: str, **labels: str) -> float | None:
     return found.get((name, tuple(sorted(labels.items()))))
 
 
-class Sick:
+class Sick(EngineOver):
     """A real engine that fails on a completion which begins with 7, and takes a moment over every other."""
-
-    def __init__(self, inner: Engine) -> None:
-        self._inner = inner
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._inner.info
 
     async def score(self, task: ScoreTask) -> ScoreRows:
         await asyncio.sleep(0.02)
         if task.completion_ids[0] == 7:
             raise RuntimeError("out of order")
-        return await self._inner.score(task)
-
-    async def generate(self, task: GenerateTask) -> Continuations:
-        return await self._inner.generate(task)
-
-    async def close(self) -> None:
-        """The inner engine is its owner's."""
+        return await self.inner.score(task)
 
 
 SICK_ITEM = ScoreItem(PROMPT, np.array([7, 7, 7], np.int32))

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +39,9 @@ from protos.records import (
     ScoreItem,
     ScoreRequest,
     ScoreResult,
+    ServedTeacher,
     TeacherInfo,
+    WeightsUpdate,
     crc32_of,
 )
 from protos.service import GenerateStream, ScoreStream
@@ -122,6 +124,14 @@ class Door:
         self, request: GenerateRequest | Sequence[GenerateItem], *, timeout_s: float | None = None
     ) -> list[GenerateResult]:
         return await self._inner.generate(request, timeout_s=timeout_s)
+
+    async def update_weights(
+        self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
+    ) -> ServedTeacher:
+        return await self._inner.update_weights(update, chunks, timeout_s=timeout_s)
+
+    async def unload(self, teacher: str, *, timeout_s: float | None = None) -> ServedTeacher:
+        return await self._inner.unload(teacher, timeout_s=timeout_s)
 
     async def aclose(self) -> None:
         self.is_closed = True

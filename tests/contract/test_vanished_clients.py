@@ -127,7 +127,7 @@ def test_a_thousand_vanished_clients_leave_nothing_behind(
 ) -> None:
     async def scenario() -> None:
         admission, metrics = Admission(2000, 2**20), Metrics()
-        core = core_over(vllm_engine, tiny_model, admission=admission, metrics=metrics)
+        core = core_over(vllm_engine, tiny_model, admission=admission)
         process = psutil.Process()
         item = ScoreItem(np.array([1, 2, 3], np.int32), np.array([4, 5], np.int32), top_k=3)
         async with serving(core, metrics) as server:

@@ -24,9 +24,16 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.logprobs import FlatLogprobs
+from vllm.lora.layers import base_linear
+from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.ops.torch_ops import lora_ops as torch_lora_ops
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.reload import inplace, layerwise
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import _gen_lora_extra_hash_keys
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput
@@ -41,7 +48,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput, GPUModelRunner
 
 from protos.records import PAD_ID
-from teacher_server.engines.base import ScoreRows, ScoreTask
+from teacher_server.engines.base import Adapter, ScoreRows, ScoreTask
 from teacher_server.engines.rows import RowsRequest, to_plain
 from teacher_server.engines.vllm import (
     ASYNC_SCORING_SCHEDULER,
@@ -50,7 +57,10 @@ from teacher_server.engines.vllm import (
     SCORING_SCHEDULER,
     SCORING_WORKER,
     VllmEngine,
+    _lora_args,
+    _lora_request,
 )
+from teacher_server.engines.vllm_lora import GroupedLora
 from teacher_server.engines.vllm_paths import OfficialFields, RunnerRows
 from teacher_server.engines.vllm_worker import EXTRA_ARG, RowScoring, ScoringWorker
 from tests.tiny_model import build_tiny_qwen3
@@ -160,7 +170,12 @@ def test_the_worker_is_named_by_path_and_builds_its_runner_in_init_device() -> N
 def test_the_mixin_overrides_methods_that_exist() -> None:
     overridden = {name for name, value in vars(RowScoring).items() if inspect.isfunction(value)}
     own = {"install", "_score_chunk", "_seeds_of_unfinished_prefills_set_aside"}
-    assert overridden - own == {"_get_prompt_logprobs_dict", "sample_tokens", "_on_request_state_removed"}
+    assert overridden - own == {
+        "_get_prompt_logprobs_dict",
+        "sample_tokens",
+        "_on_request_state_removed",
+        "load_lora_model",
+    }
     assert all(hasattr(GPUModelRunner, name) for name in overridden - own)
 
 
@@ -199,6 +214,51 @@ def test_rows_that_the_prefix_cache_hides_are_scored_again(tmp_path: Path, monke
     first, again = asyncio.run(score_twice())
     np.testing.assert_allclose(again.top_logprobs, first.top_logprobs, rtol=0, atol=1e-5)
     assert again.num_cached_tokens == 0
+
+
+def test_weights_are_reloaded_from_an_iterator() -> None:
+    """`ScoringWorker.replace_weights` goes through vLLM's own reload, and knows what a broken-off one leaves."""
+    assert parameters(inplace.reload_weights)[:3] == ["vllm_config", "model", "weights_iterator"]
+    assert "self.reset_lora_state()" in source(GPUModelRunner.reload_weights)
+    assert "model.load_weights(weights_iterator)" in source(inplace.reload_weights)
+    assert parameters(layerwise._place_kernel_tensors) == ["layer", "info"]
+    assert "if info.can_load():" in source(layerwise.initialize_layerwise_reload)
+    # Packing keeps the weight, so that doing it again is the same as doing it once.
+    packing = source(UnquantizedEmbeddingMethod.process_weights_after_loading)
+    assert "dispatch_cpu_unquantized_gemm(layer, remove_weight=False)" in packing
+    assert parameters(AsyncLLM.reset_prefix_cache)[1] == "reset_running_requests"
+    assert parameters(AsyncLLM.collective_rpc)[1:4] == ["method", "timeout", "args"]
+
+
+def test_an_adapter_has_a_prefix_cache_of_its_own() -> None:
+    """Each version has a new name; vLLM's cache keys hold it."""
+    assert '("lora", lora_request.lora_name' in source(_gen_lora_extra_hash_keys)
+    request = _lora_request(Adapter(3, Path("/a")))
+    assert (request.lora_name, request.lora_int_id, request.lora_path) == ("adapter-3", 3, "/a")
+    arguments = _lora_args(max_adapters=2, max_lora_rank=9)
+    # One slot is for a new version beside the old; ranks come in vLLM's own steps.
+    assert arguments == {"enable_lora": True, "max_loras": 3, "max_lora_rank": 16}
+    with pytest.raises(ValueError, match="max_lora_rank is 1000; vLLM takes at most 512"):
+        _lora_args(max_adapters=1, max_lora_rank=1000)
+
+
+def test_adapters_sit_on_linear_layers_and_on_a_cpu_are_grouped() -> None:
+    """vLLM's kernels read slot -1, the last, for tokens without an adapter; ours leave those tokens alone."""
+    slots = torch.tensor([1, -1, 0, 1])
+    x, y = torch.arange(8.0).reshape(4, 2), torch.zeros(4, 3)
+    a, b = (
+        torch.tensor([[[[1.0, 0.0]]], [[[0.0, 2.0]]]]),
+        torch.ones(2, 1, 3, 1),
+    )  # [slots, 1, r, in], [slots, 1, out, r]
+    grouped: Any = object.__new__(GroupedLora)
+    grouped._token_lora_indices, grouped.indices_len = slots, [4]
+    grouped.add_lora_linear(y, x, (a,), (b,), 0.5, (3,))
+    # Half of 2 · x[1] in slot 1, half of x[0] in slot 0, nothing in between.
+    assert y.tolist() == [[1.0] * 3, [0.0] * 3, [2.0] * 3, [7.0] * 3]
+    assert "self._token_lora_indices[:token_lora_len]" in source(PunicaWrapperCPU.token_lora_indices.fget)
+    assert "self.punica_wrapper.add_lora_linear(" in inspect.getsource(base_linear)
+    assert "lora_weights[lora_indices_tensor]" in inspect.getsource(torch_lora_ops), "read vllm_lora.GroupedLora again"
+    assert "self.lora_config.target_modules is None" in source(LoRAModelManager._create_lora_modules)
 
 
 def test_arguments_and_switches_still_have_their_names() -> None:

@@ -11,7 +11,7 @@ class GetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetInfoResponse(_message.Message):
-    __slots__ = ("teachers", "model", "revision", "weights_version", "tokenizer", "max_context_tokens", "max_top_k", "max_candidates", "max_items", "supports", "exact_temperature", "prefix_cache", "dtype", "engine", "engine_version", "score_path", "determinism", "privileged_kinds", "reference_templates")
+    __slots__ = ("teachers", "model", "revision", "weights_version", "tokenizer", "max_context_tokens", "max_top_k", "max_candidates", "max_items", "supports", "exact_temperature", "prefix_cache", "dtype", "engine", "engine_version", "score_path", "determinism", "privileged_kinds", "reference_templates", "served")
     TEACHERS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class GetInfoResponse(_message.Message):
     DETERMINISM_FIELD_NUMBER: _ClassVar[int]
     PRIVILEGED_KINDS_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_TEMPLATES_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
     teachers: _containers.RepeatedScalarFieldContainer[str]
     model: str
     revision: str
@@ -50,7 +51,18 @@ class GetInfoResponse(_message.Message):
     determinism: str
     privileged_kinds: _containers.RepeatedScalarFieldContainer[str]
     reference_templates: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, teachers: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_version: _Optional[int] = ..., tokenizer: _Optional[_Union[TokenizerFingerprint, _Mapping]] = ..., max_context_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_items: _Optional[int] = ..., supports: _Optional[_Iterable[str]] = ..., exact_temperature: _Optional[bool] = ..., prefix_cache: _Optional[bool] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., score_path: _Optional[str] = ..., determinism: _Optional[str] = ..., privileged_kinds: _Optional[_Iterable[str]] = ..., reference_templates: _Optional[_Iterable[str]] = ...) -> None: ...
+    served: _containers.RepeatedCompositeFieldContainer[ServedTeacher]
+    def __init__(self, teachers: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_version: _Optional[int] = ..., tokenizer: _Optional[_Union[TokenizerFingerprint, _Mapping]] = ..., max_context_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_items: _Optional[int] = ..., supports: _Optional[_Iterable[str]] = ..., exact_temperature: _Optional[bool] = ..., prefix_cache: _Optional[bool] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., score_path: _Optional[str] = ..., determinism: _Optional[str] = ..., privileged_kinds: _Optional[_Iterable[str]] = ..., reference_templates: _Optional[_Iterable[str]] = ..., served: _Optional[_Iterable[_Union[ServedTeacher, _Mapping]]] = ...) -> None: ...
+
+class ServedTeacher(_message.Message):
+    __slots__ = ("name", "kind", "weights_version")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    kind: str
+    weights_version: int
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., weights_version: _Optional[int] = ...) -> None: ...
 
 class TokenizerFingerprint(_message.Message):
     __slots__ = ("vocab_size", "vocab_sha256", "special_sha256", "eos_token_ids", "chat_template_sha256")
@@ -135,12 +147,14 @@ class ScoreItem(_message.Message):
     def __init__(self, prompt_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., privileged: _Optional[_Union[Privileged, _Mapping]] = ..., completion_ids: _Optional[bytes] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., candidate_ids: _Optional[bytes] = ..., num_candidates: _Optional[int] = ..., entropy: _Optional[bool] = ..., teacher: _Optional[str] = ..., half_precision: _Optional[bool] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("items", "min_weights_version")
+    __slots__ = ("items", "min_weights_version", "max_weights_wait_s")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     MIN_WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MAX_WEIGHTS_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[ScoreItem]
     min_weights_version: int
-    def __init__(self, items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., min_weights_version: _Optional[int] = ...) -> None: ...
+    max_weights_wait_s: float
+    def __init__(self, items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., min_weights_version: _Optional[int] = ..., max_weights_wait_s: _Optional[float] = ...) -> None: ...
 
 class ScoreResult(_message.Message):
     __slots__ = ("num_tokens", "sampled_logprobs", "top_k", "top_ids", "top_logprobs", "num_candidates", "candidate_logprobs", "entropy", "weights_version", "num_context_tokens", "num_cached_tokens", "queue_s", "engine_s", "completion_crc32", "half_precision", "result_crc32")
@@ -231,12 +245,14 @@ class GenerateItem(_message.Message):
     def __init__(self, prompt_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., privileged: _Optional[_Union[Privileged, _Mapping]] = ..., prefix_ids: _Optional[bytes] = ..., max_new_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., num_samples: _Optional[int] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., teacher: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("items", "min_weights_version")
+    __slots__ = ("items", "min_weights_version", "max_weights_wait_s")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     MIN_WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MAX_WEIGHTS_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[GenerateItem]
     min_weights_version: int
-    def __init__(self, items: _Optional[_Iterable[_Union[GenerateItem, _Mapping]]] = ..., min_weights_version: _Optional[int] = ...) -> None: ...
+    max_weights_wait_s: float
+    def __init__(self, items: _Optional[_Iterable[_Union[GenerateItem, _Mapping]]] = ..., min_weights_version: _Optional[int] = ..., max_weights_wait_s: _Optional[float] = ...) -> None: ...
 
 class Sample(_message.Message):
     __slots__ = ("token_ids", "logprobs", "finish_reason", "text")
@@ -277,3 +293,45 @@ class GenerateResponse(_message.Message):
     result: GenerateResult
     error: Error
     def __init__(self, index: _Optional[int] = ..., result: _Optional[_Union[GenerateResult, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class UpdateWeightsRequest(_message.Message):
+    __slots__ = ("header", "chunk", "chunk_crc32")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_CRC32_FIELD_NUMBER: _ClassVar[int]
+    header: WeightsHeader
+    chunk: bytes
+    chunk_crc32: int
+    def __init__(self, header: _Optional[_Union[WeightsHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., chunk_crc32: _Optional[int] = ...) -> None: ...
+
+class WeightsHeader(_message.Message):
+    __slots__ = ("teacher", "version", "path", "adapter_config", "ema_decay")
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    EMA_DECAY_FIELD_NUMBER: _ClassVar[int]
+    teacher: str
+    version: int
+    path: str
+    adapter_config: str
+    ema_decay: float
+    def __init__(self, teacher: _Optional[str] = ..., version: _Optional[int] = ..., path: _Optional[str] = ..., adapter_config: _Optional[str] = ..., ema_decay: _Optional[float] = ...) -> None: ...
+
+class UpdateWeightsResponse(_message.Message):
+    __slots__ = ("teacher",)
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    teacher: ServedTeacher
+    def __init__(self, teacher: _Optional[_Union[ServedTeacher, _Mapping]] = ...) -> None: ...
+
+class UnloadTeacherRequest(_message.Message):
+    __slots__ = ("teacher",)
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    teacher: str
+    def __init__(self, teacher: _Optional[str] = ...) -> None: ...
+
+class UnloadTeacherResponse(_message.Message):
+    __slots__ = ("teacher",)
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    teacher: ServedTeacher
+    def __init__(self, teacher: _Optional[_Union[ServedTeacher, _Mapping]] = ...) -> None: ...

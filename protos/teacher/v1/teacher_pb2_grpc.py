@@ -50,6 +50,16 @@ class TeacherServiceStub:
                 request_serializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.UpdateWeights = channel.stream_unary(
+                '/teacher.v1.TeacherService/UpdateWeights',
+                request_serializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.UpdateWeightsRequest.SerializeToString,
+                response_deserializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.UpdateWeightsResponse.FromString,
+                _registered_method=True)
+        self.UnloadTeacher = channel.unary_unary(
+                '/teacher.v1.TeacherService/UnloadTeacher',
+                request_serializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.UnloadTeacherRequest.SerializeToString,
+                response_deserializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.UnloadTeacherResponse.FromString,
+                _registered_method=True)
 
 
 class TeacherServiceServicer:
@@ -77,6 +87,20 @@ class TeacherServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateWeights(self, request_iterator, context):
+        """Replaces a teacher's weights, or adds a LoRA adapter as a new teacher: one header, then the file's bytes in order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadTeacher(self, request, context):
+        """Takes an adapter out of service; what is in flight finishes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TeacherServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +118,16 @@ def add_TeacherServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.GenerateRequest.FromString,
                     response_serializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.GenerateResponse.SerializeToString,
+            ),
+            'UpdateWeights': grpc.stream_unary_rpc_method_handler(
+                    servicer.UpdateWeights,
+                    request_deserializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.UpdateWeightsRequest.FromString,
+                    response_serializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.UpdateWeightsResponse.SerializeToString,
+            ),
+            'UnloadTeacher': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadTeacher,
+                    request_deserializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.UnloadTeacherRequest.FromString,
+                    response_serializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.UnloadTeacherResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +212,60 @@ class TeacherService:
             '/teacher.v1.TeacherService/Generate',
             protos_dot_teacher_dot_v1_dot_teacher__pb2.GenerateRequest.SerializeToString,
             protos_dot_teacher_dot_v1_dot_teacher__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateWeights(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/teacher.v1.TeacherService/UpdateWeights',
+            protos_dot_teacher_dot_v1_dot_teacher__pb2.UpdateWeightsRequest.SerializeToString,
+            protos_dot_teacher_dot_v1_dot_teacher__pb2.UpdateWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadTeacher(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/teacher.v1.TeacherService/UnloadTeacher',
+            protos_dot_teacher_dot_v1_dot_teacher__pb2.UnloadTeacherRequest.SerializeToString,
+            protos_dot_teacher_dot_v1_dot_teacher__pb2.UnloadTeacherResponse.FromString,
             options,
             channel_credentials,
             insecure,

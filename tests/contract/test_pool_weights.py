@@ -1,0 +1,58 @@
+"""New weights through a pool: every replica has them, or none, or the error says who failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from protos.client import connect
+from protos.errors import Conflict, NotReady
+from protos.pool import PoolOptions, TeacherPool
+from protos.records import ScoreItem, ScoreRequest
+from teacher_server.engines.transformers import TransformersEngine
+from tests.contract.test_weights import serving_weights, stream_model
+from tests.harness import LoopThread, until
+from tests.tiny_model import build_tiny_qwen3
+
+ITEMS = tuple(ScoreItem(np.array([1, i + 1], np.int32), np.array([7, 8], np.int32)) for i in range(4))
+OPTIONS = PoolOptions(min_part_tokens=1, probe_interval_s=0.1)
+
+
+def test_every_replica_has_the_new_weights_or_none(run: LoopThread, tiny_model: Path, tmp_path: Path) -> None:
+    other = build_tiny_qwen3(tmp_path, seed=7)
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+
+    async def scenario() -> None:
+        engines = [TransformersEngine(str(tiny_model)) for _ in folders]
+        async with (
+            serving_weights(engines[0], tiny_model, folders[0]) as a,
+            serving_weights(engines[1], tiny_model, folders[1]) as b,
+            TeacherPool(f"{a.server.url('grpc')},{b.server.url('http')}", connect, OPTIONS) as pool,
+        ):
+            before = await pool.score(ITEMS)
+            assert (await stream_model(pool, other, 1)).weights_version == 1
+            for served in (a, b):
+                async with served.server.connect("grpc") as alone:
+                    assert (await alone.info()).weights_version == 1
+            after = await pool.score(ScoreRequest(ITEMS, min_weights_version=1))
+            assert {result.weights_version for result in after} == {1}
+            for old, new in zip(before, after, strict=True):
+                assert np.abs(old.sampled_logprobs - new.sampled_logprobs).max() > 0.01
+
+            with pytest.raises(Conflict, match=a.server.url("grpc")):
+                await stream_model(pool, tiny_model, 1)
+
+            b.server.gate.close("draining")
+            await until(lambda: pool.stats().replicas[1].refusal)
+            with pytest.raises(NotReady, match="so no replica was changed"):
+                await stream_model(pool, tiny_model, 2)
+            async with a.server.connect("grpc") as alone:
+                assert (await alone.info()).weights_version == 1
+        for engine in engines:
+            await engine.close()
+
+    run(scenario())
