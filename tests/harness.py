@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from protos.client import Teacher, connect
 from protos.credentials import Tls
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WAIT_S = 120.0
 
 _T = TypeVar("_T")
+_Engine = TypeVar("_Engine", bound=Engine)
 
 
 class LoopThread:
@@ -149,10 +150,10 @@ def core_over(
 
 
 @dataclass
-class EngineOver:
+class EngineOver(Generic[_Engine]):
     """A real engine behind another, which its subclasses make different in one way; the inner one is its owner's."""
 
-    inner: Engine
+    inner: _Engine
 
     @property
     def info(self) -> EngineInfo:
@@ -176,7 +177,7 @@ class EngineOver:
 
 
 @dataclass
-class HeldEngine(EngineOver):
+class HeldEngine(EngineOver[Engine]):
     """A real engine behind a door: work waits until `door` is set, and counts while it waits or runs."""
 
     door: asyncio.Event = field(default_factory=asyncio.Event)

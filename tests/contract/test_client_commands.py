@@ -188,7 +188,7 @@ def test_bench_stops_when_the_time_is_over(run: LoopThread, transformers_server:
 
 def test_bench_counts_errors_by_name(run: LoopThread, transformers_engine: Engine, tiny_model: Path) -> None:
     @dataclass
-    class FailingLater(EngineOver):
+    class FailingLater(EngineOver[Engine]):
         """A real engine that fails from its third task on: after the warm-up and the metered request."""
 
         num_tasks: int = 0

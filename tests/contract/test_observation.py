@@ -48,7 +48,7 @@ def value(found: Samples, name: str, **labels: str) -> float | None:
     return found.get((name, tuple(sorted(labels.items()))))
 
 
-class Sick(EngineOver):
+class Sick(EngineOver[Engine]):
     """A real engine that fails on a completion which begins with 7, and takes a moment over every other."""
 
     async def score(self, task: ScoreTask) -> ScoreRows:

@@ -602,10 +602,9 @@ def test_adapters_are_counted_and_pin_the_model(
 
 
 @dataclass
-class Breaking(EngineOver):
+class Breaking(EngineOver[WeightsEngine]):
     """A real engine whose next loads of weights break off: half of the tensors are in by then."""
 
-    inner: WeightsEngine
     num_breaking: int
     broken: Path
     closed: bool = field(default=False)
