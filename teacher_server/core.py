@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -164,11 +164,12 @@ class TeacherCore:
         observation.client, observation.num_items = client, len(request.items)
         tasks: list[asyncio.Task[None]] = []
         try:
+            info = self._info_now()
             with phase("compose"):
-                jobs = await loop.run_in_executor(self._text_thread, self._plan, request, plan, self._info_now())
-            await self._teachers.reach(
-                {job.teacher for job in jobs}, request.min_weights_version, request.max_weights_wait_s, deadline
-            )
+                jobs = await loop.run_in_executor(self._text_thread, self._plan, request, plan, info)
+            with phase("queue"):
+                names = {job.teacher for job in jobs}
+                await self._teachers.reach(names, request.min_weights_version, request.max_weights_wait_s, deadline)
             tickets = self._admission.admit([job.num_context_tokens + job.num_new_tokens for job in jobs], client)
             outcomes: asyncio.Queue[tuple[int, _Result | TeacherError]] = asyncio.Queue()
             tasks = [
@@ -178,7 +179,7 @@ class TeacherCore:
             async with aclosing(errors_held(first(outcomes, len(jobs)))) as replies:
                 async for index, outcome in replies:
                     item = request.items[index]
-                    observation.add(item.teacher or self._teachers.default, item, outcome)
+                    observation.add(item.teacher or info.teachers[0], item, outcome)
                     yield index, outcome
         except TeacherError as error:
             observation.error = error.name
@@ -239,12 +240,12 @@ class TeacherCore:
         outcome: _Result | TeacherError
         timeout = asyncio.timeout_at(deadline)
         try:
-            async with timeout:
+            async with timeout, AsyncExitStack() as held:
                 with phase("queue"):
                     await ticket.granted.wait()
-                async with self._teachers.use(job.teacher) as weights:
-                    with phase("engine"):
-                        outcome = await job.run(weights, time.monotonic() - queued_at)
+                    weights = await held.enter_async_context(self._teachers.use(job.teacher))
+                with phase("engine"):
+                    outcome = await job.run(weights, time.monotonic() - queued_at)
         except TeacherError as error:
             outcome = error
         except ValueError as error:

@@ -101,7 +101,7 @@ async def _serve(config: ServeConfig) -> int:
     try:
         if stop.is_set():
             return 0
-        openai = await _openai_app(engine, teachers) if config.openai else None
+        openai = await _openai_app(engine, config.name, teachers) if config.openai else None
         can_change = any(ADMIN in token.scopes for token in access.tokens)
         async with _adapters_served(config, engine, teachers, core.dead.set, can_change=can_change) as admin:
             return await serve_core(core, gate, listeners, stop, config, openai, admin)
@@ -224,19 +224,19 @@ async def _load_engine(config: ServeConfig) -> WeightsEngine:
     )
 
 
-async def _openai_app(engine: WeightsEngine, teachers: Teachers) -> ASGIApp | None:
-    """The engine's own application for stock clients, where it has one; it serves the base model by its name, each
-    answer from one version of the weights.
+async def _openai_app(engine: WeightsEngine, base: str, teachers: Teachers) -> ASGIApp | None:
+    """The engine's own application for stock clients, where it has one: it serves the base model by this name, and each
+    answer from one version of its weights.
     """
     if engine.info.engine != "vllm":
         return None
     from teacher_server.engines.vllm import VllmEngine
 
     assert isinstance(engine, VllmEngine)
-    app = await engine.openai_app((teachers.default,))
+    app = await engine.openai_app((base,))
 
     async def unchanged_meanwhile(scope: Scope, receive: Receive, send: Send) -> None:
-        async with teachers.use(""):
+        async with teachers.use(base):
             await app(scope, receive, send)
 
     return unchanged_meanwhile

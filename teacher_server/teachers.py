@@ -93,9 +93,6 @@ class Teachers:
     Args:
         model_names: what the model itself is called; the first is the default teacher.
         show: told of every change, for metrics.
-
-    Attributes:
-        default: the teacher of an item that names none.
     """
 
     def __init__(
@@ -103,7 +100,7 @@ class Teachers:
     ) -> None:
         self._model = Weights(FIRST_VERSION)
         self._served = dict.fromkeys(model_names, self._model)
-        self.default = next(iter(model_names))
+        self._default = next(iter(model_names))
         self._last_versions: dict[str, int] = {}
         self._model_lock = ReadWriteLock()
         self._next_change = asyncio.Event()
@@ -131,7 +128,7 @@ class Teachers:
     async def use(self, name: str) -> AsyncGenerator[Weights, None]:
         """The teacher's weights of the moment ("" is the default's), unchanged while they are in use."""
         async with self._model_lock.read():
-            weights = self._weights(name or self.default)
+            weights = self._weights(name or self._default)
             weights.enter()
             try:
                 yield weights
@@ -210,7 +207,7 @@ class Teachers:
 
     def _behind(self, names: Collection[str], min_version: int) -> str | None:
         """The first of these teachers whose weights are older."""
-        names = [name or self.default for name in names]
+        names = [name or self._default for name in names]
         return next((name for name in names if self._weights(name).version < min_version), None)
 
     def _last_version(self, name: str) -> int | None:
