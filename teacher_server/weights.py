@@ -185,7 +185,7 @@ class WeightsAdmin:
             )
         if served is not None and served.kind != kind:
             raise InvalidRequest(
-                f"{update.teacher!r} is a {served.kind}; these are weights of a {kind}", field="teacher"
+                f"the kind of {update.teacher!r} is {served.kind}; these are weights of a {kind}", field="teacher"
             )
         if kind == "adapter" and update.ema_decay is not None:
             raise InvalidRequest("ema_decay is for the model's own weights, not for an adapter", field="ema_decay")

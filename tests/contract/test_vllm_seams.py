@@ -257,7 +257,9 @@ def test_adapters_sit_on_linear_layers_and_on_a_cpu_are_grouped() -> None:
     assert y.tolist() == [[1.0] * 3, [0.0] * 3, [2.0] * 3, [7.0] * 3]
     assert "self._token_lora_indices[:token_lora_len]" in source(PunicaWrapperCPU.token_lora_indices.fget)
     assert "self.punica_wrapper.add_lora_linear(" in inspect.getsource(base_linear)
-    assert "lora_weights[lora_indices_tensor]" in inspect.getsource(torch_lora_ops), "read vllm_lora.GroupedLora again"
+    assert "lora_b_weights[lora_indices_tensor]" in inspect.getsource(torch_lora_ops), (
+        "read vllm_lora.GroupedLora again"
+    )
     assert "self.lora_config.target_modules is None" in source(LoRAModelManager._create_lora_modules)
 
 

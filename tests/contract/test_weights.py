@@ -149,7 +149,7 @@ async def serving_weights(engine: WeightsEngine, model: Path, folder: Path) -> A
     try:
         yield Served(server, core, admin, metrics, spool, root)
     finally:
-        await server.listeners.stop(0.0)
+        await server.stop()
         for teacher in teachers.served:
             if teacher.kind == "adapter":
                 await admin.unload(teacher.name)
@@ -593,7 +593,7 @@ def test_adapters_are_counted_and_pin_the_model(
                 await stream_adapter(teacher, "a2", files.adapters[2], 1)
             with pytest.raises(Conflict, match="unload them first"):
                 await stream_model(teacher, files.other, 1)
-            with pytest.raises(InvalidRequest, match="'a0' is a adapter; these are weights of a model"):
+            with pytest.raises(InvalidRequest, match="the kind of 'a0' is adapter; these are weights of a model"):
                 await teacher.update_weights(WeightsUpdate("a0", 2), read_chunks(files.base / "model.safetensors"))
             with pytest.raises(InvalidRequest, match="only adapters can be unloaded"):
                 await teacher.unload("base")
