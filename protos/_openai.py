@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
@@ -22,6 +22,7 @@ from protos import verify
 from protos._http import CONNECT_TIMEOUT_S, error_of_status
 from protos._openai_limits import check_generate_item, check_request, check_score_item
 from protos._openai_rows import read_rows, read_sample
+from protos.client import Teacher
 from protos.credentials import Credentials
 from protos.errors import (
     ContextTooLong,
@@ -72,7 +73,7 @@ NEUTRAL = {
 _Result = TypeVar("_Result", ScoreResult, GenerateResult)
 
 
-class OpenAITeacher:
+class OpenAITeacher(Teacher):
     """A stock server at `url` ("openai+http://host:port"); see protos.client.Teacher.
 
     Args:
@@ -80,7 +81,7 @@ class OpenAITeacher:
     """
 
     def __init__(self, url: str, own: Credentials) -> None:
-        self.url = url
+        self._url = url
         self._client = httpx.AsyncClient(
             base_url=url.removeprefix("openai+"),
             headers=own.headers(),
@@ -90,6 +91,11 @@ class OpenAITeacher:
         )
         self._info: TeacherInfo | None = None
 
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self._url
+
     async def info(self) -> TeacherInfo:
         """What the server can be asked about; its tokenizer is `fingerprint.UNKNOWN`."""
         if self._info is None:
@@ -97,7 +103,7 @@ class OpenAITeacher:
             names = tuple(card["id"] for card in cards)
             max_context_tokens = cards[0].get("max_model_len")
             if max_context_tokens is None:
-                raise InvalidRequest(f"{self.url} does not say max_model_len in /v1/models: it is not a vLLM server")
+                raise InvalidRequest(f"{self._url} does not say max_model_len in /v1/models: it is not a vLLM server")
             self._info = TeacherInfo(
                 teachers=names,
                 model=cards[0].get("root") or names[0],
@@ -145,39 +151,19 @@ class OpenAITeacher:
             async for reply in checked:
                 yield reply
 
-    async def score(
-        self, request: ScoreRequest | Sequence[ScoreItem], *, timeout_s: float | None = None
-    ) -> list[ScoreResult]:
-        """See Teacher."""
-        request = request if isinstance(request, ScoreRequest) else ScoreRequest(tuple(request))
-        return await verify.in_order(self.score_stream(request, timeout_s=timeout_s), len(request.items))
-
-    async def generate(
-        self, request: GenerateRequest | Sequence[GenerateItem], *, timeout_s: float | None = None
-    ) -> list[GenerateResult]:
-        """See Teacher."""
-        request = request if isinstance(request, GenerateRequest) else GenerateRequest(tuple(request))
-        return await verify.in_order(self.generate_stream(request, timeout_s=timeout_s), len(request.items))
-
     async def update_weights(
         self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
     ) -> ServedTeacher:
         """Raises InvalidRequest: stock servers have no such operation."""
-        raise InvalidRequest(f"{self.url} is a stock server, whose weights cannot be changed; use a teacher-server")
+        raise InvalidRequest(f"{self._url} is a stock server, whose weights cannot be changed; use a teacher-server")
 
     async def unload(self, teacher: str, *, timeout_s: float | None = None) -> ServedTeacher:
         """Raises InvalidRequest: stock servers have no such operation."""
-        raise InvalidRequest(f"{self.url} is a stock server, whose teachers cannot be changed; use a teacher-server")
+        raise InvalidRequest(f"{self._url} is a stock server, whose teachers cannot be changed; use a teacher-server")
 
     async def aclose(self) -> None:
         """Closes the connections."""
         await self._client.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
 
     async def _stream(
         self,
@@ -188,7 +174,7 @@ class OpenAITeacher:
     ) -> AsyncGenerator[tuple[int, _Result | TeacherError], None]:
         loop = asyncio.get_running_loop()
         deadline = None if timeout_s is None else loop.time() + timeout_s
-        late = f"{self.url} did not answer within {timeout_s} s"
+        late = f"{self._url} did not answer within {timeout_s} s"
         try:
             async with asyncio.timeout_at(deadline):
                 info = await self.info()
@@ -207,7 +193,7 @@ class OpenAITeacher:
             except TeacherError as error:
                 outcome = _of_item(index, error)
             except (KeyError, IndexError, TypeError, ValueError) as error:
-                outcome = EngineFailed(f"{self.url} sent a reply that cannot be read: {error!r}")
+                outcome = EngineFailed(f"{self._url} sent a reply that cannot be read: {error!r}")
             outcomes.put_nowait((index, outcome))
 
         tasks = [asyncio.create_task(one(i, item)) for i, item in enumerate(request.items)]
@@ -319,7 +305,7 @@ class OpenAITeacher:
             if found := re.search(r"max allowed: (\d+)", error.message):
                 return int(found[1])
             raise
-        raise InvalidRequest(f"{self.url} ignores prompt_logprobs: it is not a vLLM server, and cannot score")
+        raise InvalidRequest(f"{self._url} ignores prompt_logprobs: it is not a vLLM server, and cannot score")
 
     async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The reply's JSON; the server's refusal as the error of the table that fits its status."""
@@ -327,10 +313,10 @@ class OpenAITeacher:
             response = await self._client.request(method, path, json=body)
         except httpx.TransportError as error:
             raise NotReady(
-                f"{self.url} cannot be reached or broke off: {str(error) or type(error).__name__}"
+                f"{self._url} cannot be reached or broke off: {str(error) or type(error).__name__}"
             ) from error
         if response.status_code != httpx.codes.OK:
-            error = error_of_status(self.url, response.status_code, response.text, response.headers)
+            error = error_of_status(self._url, response.status_code, response.text, response.headers)
             # vLLM refuses a request with 400 in JSON; 400 in plain text is a web server's, of bytes that are no HTTP.
             if isinstance(error, Corrupted) and response.headers.get("content-type") == JSON_TYPE:
                 error = InvalidRequest(error.message)
@@ -338,7 +324,7 @@ class OpenAITeacher:
         try:
             return response.json()
         except ValueError as error:
-            raise EngineFailed(f"{self.url} sent a reply that is not JSON: {error}") from error
+            raise EngineFailed(f"{self._url} sent a reply that is not JSON: {error}") from error
 
 
 def _of_item(index: int, error: TeacherError) -> TeacherError:

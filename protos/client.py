@@ -57,7 +57,10 @@ _T = TypeVar("_T")
 
 
 class Teacher(TeacherService, TeacherAdmin, Protocol):
-    """A teacher somewhere else; an async context manager that closes it."""
+    """A teacher somewhere else; an async context manager that closes it.
+
+    Who implements it by name (`class RemoteTeacher(Teacher)`) inherits `score`, `generate` and the context manager.
+    """
 
     @property
     def url(self) -> str:
@@ -68,21 +71,25 @@ class Teacher(TeacherService, TeacherAdmin, Protocol):
         self, request: ScoreRequest | Sequence[ScoreItem], *, timeout_s: float | None = None
     ) -> list[ScoreResult]:
         """One result for each item, in order; raises the first error of any item."""
-        ...
+        request = request if isinstance(request, ScoreRequest) else ScoreRequest(tuple(request))
+        return await verify.in_order(self.score_stream(request, timeout_s=timeout_s), len(request.items))
 
     async def generate(
         self, request: GenerateRequest | Sequence[GenerateItem], *, timeout_s: float | None = None
     ) -> list[GenerateResult]:
         """One result for each item, in order; raises the first error of any item."""
-        ...
+        request = request if isinstance(request, GenerateRequest) else GenerateRequest(tuple(request))
+        return await verify.in_order(self.generate_stream(request, timeout_s=timeout_s), len(request.items))
 
     async def aclose(self) -> None:
         """Closes the connections."""
         ...
 
-    async def __aenter__(self) -> Self: ...
+    async def __aenter__(self) -> Self:
+        return self
 
-    async def __aexit__(self, *exc_info: object) -> None: ...
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
 
 
 def connect(url: str, *, token: str | None = None, tls: Tls | None = None) -> Teacher:
@@ -126,7 +133,7 @@ def _transport(url: str, scheme: str, target: str, own: Credentials) -> Transpor
     return HttpTransport(url, own)
 
 
-class RemoteTeacher:
+class RemoteTeacher(Teacher):
     """A teacher behind a transport; see `Teacher`."""
 
     def __init__(self, transport: Transport) -> None:
@@ -162,20 +169,6 @@ class RemoteTeacher:
             async for reply in checked:
                 yield reply
 
-    async def score(
-        self, request: ScoreRequest | Sequence[ScoreItem], *, timeout_s: float | None = None
-    ) -> list[ScoreResult]:
-        """See Teacher."""
-        request = request if isinstance(request, ScoreRequest) else ScoreRequest(tuple(request))
-        return await verify.in_order(self.score_stream(request, timeout_s=timeout_s), len(request.items))
-
-    async def generate(
-        self, request: GenerateRequest | Sequence[GenerateItem], *, timeout_s: float | None = None
-    ) -> list[GenerateResult]:
-        """See Teacher."""
-        request = request if isinstance(request, GenerateRequest) else GenerateRequest(tuple(request))
-        return await verify.in_order(self.generate_stream(request, timeout_s=timeout_s), len(request.items))
-
     async def update_weights(
         self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
     ) -> ServedTeacher:
@@ -200,12 +193,6 @@ class RemoteTeacher:
     async def aclose(self) -> None:
         """Closes the connections."""
         await self._transport.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
 
     async def _replies(
         self, operation: Operation, body: bytes, decode: Callable[[bytes], _T], timeout_s: float | None

@@ -21,7 +21,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from random import Random
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from protos import verify
 from protos.client import Teacher, read_chunks
@@ -55,7 +55,7 @@ _Request = TypeVar("_Request", ScoreRequest, GenerateRequest)
 _Result = TypeVar("_Result", ScoreResult, GenerateResult)
 
 
-class TeacherPool:
+class TeacherPool(Teacher):
     """The replicas behind `url` as one teacher; see `Teacher`.
 
     Args:
@@ -118,20 +118,6 @@ class TeacherPool:
             async for reply in replies:
                 yield reply
 
-    async def score(
-        self, request: ScoreRequest | Sequence[ScoreItem], *, timeout_s: float | None = None
-    ) -> list[ScoreResult]:
-        """See Teacher."""
-        request = request if isinstance(request, ScoreRequest) else ScoreRequest(tuple(request))
-        return await verify.in_order(self.score_stream(request, timeout_s=timeout_s), len(request.items))
-
-    async def generate(
-        self, request: GenerateRequest | Sequence[GenerateItem], *, timeout_s: float | None = None
-    ) -> list[GenerateResult]:
-        """See Teacher."""
-        request = request if isinstance(request, GenerateRequest) else GenerateRequest(tuple(request))
-        return await verify.in_order(self.generate_stream(request, timeout_s=timeout_s), len(request.items))
-
     async def update_weights(
         self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
     ) -> ServedTeacher:
@@ -151,12 +137,6 @@ class TeacherPool:
     async def aclose(self) -> None:
         """Ends the probes and closes every connection; work in flight fails."""
         await self._members.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
 
     async def _stream(
         self, request: _Request, send: Send[_Request, _Result], sizes: Sequence[int], timeout_s: float | None

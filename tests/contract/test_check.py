@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import pytest
 
 from protos.client import Teacher
 from protos.records import (
-    GenerateItem,
     GenerateRequest,
-    GenerateResult,
     PrivilegedIds,
     ScoreItem,
     ScoreRequest,
@@ -35,7 +32,7 @@ Change = Callable[[ScoreItem], ScoreItem]
 Break = Callable[[ScoreItem, ScoreResult], ScoreResult]
 
 
-class Altered:
+class Altered(Teacher):
     """A real teacher that is asked something else than it was told, or whose answers are changed."""
 
     def __init__(
@@ -65,11 +62,6 @@ class Altered:
         results = await self._inner.score([self._change(item) for item in items], timeout_s=timeout_s)
         return [self._damage(item, result) for item, result in zip(items, results, strict=True)]
 
-    async def generate(
-        self, request: GenerateRequest | Sequence[GenerateItem], *, timeout_s: float | None = None
-    ) -> list[GenerateResult]:
-        return await self._inner.generate(request, timeout_s=timeout_s)
-
     def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
         return self._inner.score_stream(request, timeout_s=timeout_s)
 
@@ -86,12 +78,6 @@ class Altered:
 
     async def aclose(self) -> None:
         await self._inner.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
 
 
 def failed(findings: list[Finding]) -> set[str]:

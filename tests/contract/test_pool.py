@@ -10,13 +10,12 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Seque
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pytest
 
 import protos
-from protos import verify
 from protos.client import Teacher
 from protos.errors import (
     Conflict,
@@ -33,9 +32,7 @@ from protos.errors import (
 )
 from protos.pool import PoolOptions, TeacherPool
 from protos.records import (
-    GenerateItem,
     GenerateRequest,
-    GenerateResult,
     ScoreItem,
     ScoreRequest,
     ScoreResult,
@@ -68,7 +65,7 @@ async def hang() -> None:
     await asyncio.Event().wait()
 
 
-class Door:
+class Door(Teacher):
     """A Teacher in front of a real one, at a URL of its own.
 
     Attributes:
@@ -80,7 +77,7 @@ class Door:
     """
 
     def __init__(self, url: str, inner: Teacher) -> None:
-        self.url = url
+        self._url = url
         self.script: deque[tuple[int, Fault]] = deque()
         self.info_script: deque[Fault] = deque()
         self.told: TeacherInfo | None = None
@@ -88,6 +85,10 @@ class Door:
         self.num_closed_early = 0
         self.is_closed = False
         self._inner = inner
+
+    @property
+    def url(self) -> str:
+        return self._url
 
     async def info(self) -> TeacherInfo:
         if self.info_script:
@@ -114,17 +115,6 @@ class Door:
             async for reply in replies:
                 yield reply
 
-    async def score(
-        self, request: ScoreRequest | Sequence[ScoreItem], *, timeout_s: float | None = None
-    ) -> list[ScoreResult]:
-        request = request if isinstance(request, ScoreRequest) else ScoreRequest(tuple(request))
-        return await verify.in_order(self.score_stream(request, timeout_s=timeout_s), len(request.items))
-
-    async def generate(
-        self, request: GenerateRequest | Sequence[GenerateItem], *, timeout_s: float | None = None
-    ) -> list[GenerateResult]:
-        return await self._inner.generate(request, timeout_s=timeout_s)
-
     async def update_weights(
         self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
     ) -> ServedTeacher:
@@ -136,12 +126,6 @@ class Door:
     async def aclose(self) -> None:
         self.is_closed = True
         await self._inner.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
 
 
 @dataclass
