@@ -14,6 +14,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -196,6 +197,14 @@ def create_app(
     @app.exception_handler(TeacherError)
     async def teacher_error(request: Request, error: TeacherError) -> Response:
         return _error_response(request, error)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(request: Request, error: HTTPException) -> Response:
+        refusal = InvalidRequest(f"{request.method} {request.url.path[:80]}: {error.detail}; /docs lists what there is")
+        answer = _error_response(request, refusal)
+        answer.status_code = error.status_code
+        answer.headers.update(error.headers or {})
+        return answer
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

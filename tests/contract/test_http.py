@@ -193,3 +193,19 @@ def test_the_openapi_document_is_whole(http: httpx.Client) -> None:
     assert {"ScoreRequestJson", "ScoreItemJson", "ScoreRepliesJson", "TeacherInfo", "ErrorReplyJson"} <= names
     assert names <= set(schemas)
     assert http.get("/docs").status_code == 200
+
+
+def test_a_path_or_method_that_is_not_there_is_an_error_of_the_table(
+    run: LoopThread, transformers_server: Server
+) -> None:
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=transformers_server.listeners.http_url) as client:
+            return [await client.get("/v1/scores"), await client.get("/v1/score")]
+
+    missing, wrong_method = run(ask())
+    assert (missing.status_code, wrong_method.status_code) == (404, 405)
+    assert wrong_method.headers["allow"] == "POST"
+    for answer, said in ((missing, "GET /v1/scores"), (wrong_method, "GET /v1/score")):
+        error = answer.json()["error"]
+        assert error["name"] == "InvalidRequest"
+        assert said in error["message"]
