@@ -43,6 +43,7 @@ from teacher_server.teachers import Teachers
 from teacher_server.weights import ServedModel, WeightsAdmin
 from tests.harness import EngineOver, LoopThread, Server, core_over, serving, start_server, until
 from tests.lora import build_adapter, merged_model, plain_model, sampled_logprobs
+from tests.readme import python_blocks, run_block
 from tests.tiny_model import build_tiny_qwen3
 
 ATOL = 1e-4
@@ -176,6 +177,19 @@ def assert_rows(result: ScoreResult, expected: np.ndarray, *others: np.ndarray) 
     np.testing.assert_allclose(result.sampled_logprobs, expected, rtol=0, atol=ATOL)
     for other in others:
         assert np.abs(result.sampled_logprobs - other).max() > CLEARLY
+
+
+def test_the_readme_updates_weights(run: LoopThread, engine: WeightsEngine, files: Files, tmp_path: Path) -> None:
+    _, updating = python_blocks()
+
+    async def scenario() -> None:
+        async with serving_weights(engine, files.base, tmp_path) as served, served.connect("grpc") as teacher:
+            path = files.other / "model.safetensors"
+            names = {"teacher": teacher, "path": path, "items": (ITEM,), "ScoreRequest": ScoreRequest}
+            await run_block(updating, **names)
+            assert (await teacher.info()).served == (ServedTeacher("base", "model", 7),)
+
+    run(scenario())
 
 
 def test_items_choose_among_the_model_and_its_adapters(
