@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Where the CPU build of torch comes from when pip's own sources do not have it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Test processes side by side; each file's tests stay in one, with its own vLLM.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 LOCK := requirements/cpu.txt
 STAMP := $(VENV)/.installed
@@ -38,10 +40,10 @@ demo-real: $(STAMP) ## the same line on SmolLM2-135M-Instruct (about 15 minutes)
 	$(BIN)/python -m student_trainer.study.demo_real --out runs/demo-real
 
 test: $(STAMP) ## the whole test suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 test-fast: $(STAMP) ## the tests that start neither vLLM nor a training process
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 lint: $(STAMP) ## ruff, import-linter, buf
 	$(BIN)/ruff format --check
@@ -57,7 +59,8 @@ types: $(STAMP) ## pyright
 	$(BIN)/pyright
 
 bench: $(STAMP) ## the benchmarks, on a quiet machine
-	$(BIN)/python -m tests.bench.scoring
+	$(BIN)/python -m tests.bench.scoring --model tiny --model smollm2
+	$(BIN)/python -m tests.bench.prefix --model tiny --model smollm2
 	$(BIN)/python -m tests.bench.soak
 
 protos: $(STAMP) ## regenerate the gRPC code from teacher.proto

@@ -233,7 +233,12 @@ async def _openai_app(engine: WeightsEngine, base: str, teachers: Teachers) -> A
     from teacher_server.engines.vllm import VllmEngine
 
     assert isinstance(engine, VllmEngine)
-    app = await engine.openai_app((base,))
+    try:
+        app = await engine.openai_app((base,))
+    except Exception as error:
+        # vLLM renders chats of its own while it builds the application, which not every tokenizer and template takes.
+        _log.warning("stock clients are not served", reason=f"{type(error).__name__}: {error}")
+        return None
 
     async def unchanged_meanwhile(scope: Scope, receive: Receive, send: Send) -> None:
         async with teachers.use(base):

@@ -1,113 +1,365 @@
-"""Scored tokens a second through the network, beside what the same engine does with no log-probs at all.
+"""What a scored token costs: this server beside a stock vLLM server read as others read it, and beside the ceiling.
 
-    python -m tests.bench.scoring
+    python -m tests.bench.scoring [--model tiny] [--model smollm2] [--repeats 7] [--no-grid] [--out runs/bench]
 
-One vLLM engine on a tiny random Qwen3 (a stand-in for a GPU, where overhead dominates), one server over it, one client;
-all share the machine's cores. Every repeat measures each row once, in turn, so that a slow minute slows them all; every
-request is new to the prefix cache.
+The ceiling is the bare prefill of the same texts through the same AsyncLLM. Everything shares the machine's cores.
+Every repeat measures each row once, in turn, so that a slow minute slows them all; ratios are taken within a repeat.
+Every text is new to the prefix cache.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 
+import httpx
 import numpy as np
+from cyclopts import App, Parameter
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
+from protos.client import connect
 from protos.records import ScoreItem
-from tests.harness import core_over, serving
+from teacher_server.wire_meter import WireMeter
+from tests.bench.served import Served, peak_bytes, reset_peak, served
+from tests.harness import ROOT
+from tests.stock import stock_scores, stock_vllm_server, trl_scores
 from tests.tiny_model import build_tiny_qwen3
 
-NUM_ITEMS, CONTEXT, COMPLETION, VOCAB = 32, 40, 200, 304
-NUM_REPEATS = 7
+CONTEXT = 40
+TEMPERATURE = 0.7
+"""One that a stock server ignores."""
 
-Measured = Callable[[Sequence[ScoreItem]], Awaitable[object]]
+GRID_TOP_K = (1, 20, 64, 256)
+GRID_COMPLETION = (50, 200, 1000)
+GRID_IN_FLIGHT = (1, 8, 64)
 
-
-def items(rng: np.random.Generator, top_k: int, num_candidates: int) -> list[ScoreItem]:
-    """A batch of random texts; the temperature is one that stock servers ignore."""
-    return [
-        ScoreItem(
-            rng.integers(0, VOCAB, CONTEXT).astype(np.int32),
-            rng.integers(0, VOCAB, COMPLETION).astype(np.int32),
-            temperature=0.7,
-            top_k=top_k,
-            candidate_ids=rng.integers(0, VOCAB, (COMPLETION, num_candidates)).astype(np.int32),
-        )
-        for _ in range(NUM_ITEMS)
-    ]
+Score = Callable[[Sequence[ScoreItem]], Awaitable[object]]
 
 
-async def measure() -> Table:
-    """Starts the engine and the server, measures, and returns the table."""
-    from vllm import SamplingParams
-    from vllm.inputs.engine import tokens_input
-    from vllm.sampling_params import RequestOutputKind
+@dataclass(frozen=True)
+class Sizes:
+    """One batch: `num_items` completions of `completion` tokens from a vocabulary of `vocab` ids."""
 
-    from teacher_server.engines.vllm import VllmEngine
+    num_items: int
+    completion: int
+    vocab: int
 
-    with tempfile.TemporaryDirectory() as folder:
-        model = build_tiny_qwen3(Path(folder), max_context_tokens=256)
-        engine = await VllmEngine.create(str(model), dtype="float32")
+    @property
+    def num_tokens(self) -> int:
+        return self.num_items * self.completion
 
-    async def prefill(batch: Sequence[ScoreItem]) -> None:
-        async def one(i: int, item: ScoreItem) -> None:
-            assert isinstance(item.prompt, np.ndarray)
-            prompt = tokens_input([*item.prompt.tolist(), *item.completion_ids[:-1].tolist()])
-            params = SamplingParams(
-                temperature=0.0, max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+
+@dataclass(frozen=True)
+class Wish:
+    """The support that a batch asks for."""
+
+    top_k: int = 20
+    num_candidates: int = 0
+    half_precision: bool = False
+
+    def items(self, rng: np.random.Generator, sizes: Sizes) -> list[ScoreItem]:
+        def ids(*shape: int) -> np.ndarray:
+            return rng.integers(0, sizes.vocab, shape).astype(np.int32)
+
+        return [
+            ScoreItem(
+                ids(CONTEXT),
+                ids(sizes.completion),
+                temperature=TEMPERATURE,
+                top_k=self.top_k,
+                candidate_ids=ids(sizes.completion, self.num_candidates) if self.num_candidates else None,
+                half_precision=self.half_precision,
             )
-            async for _ in engine._llm.generate(prompt, params, f"bare-{time.monotonic_ns()}-{i}"):
-                pass
+            for _ in range(sizes.num_items)
+        ]
 
-        await asyncio.gather(*(one(i, item) for i, item in enumerate(batch)))
 
-    with tempfile.TemporaryDirectory() as folder:
-        core = core_over(engine, build_tiny_qwen3(Path(folder), max_context_tokens=256))
-    async with serving(core) as server:
-        grpc, http = server.connect("grpc"), server.connect("http")
-        rows: dict[str, tuple[Measured, int, int]] = {"bare prefill (the ceiling)": (prefill, 0, 0)}
-        for name, teacher in (("gRPC", grpc), ("HTTP", http)):
-            for top_k, num_candidates in ((1, 0), (20, 0), (0, 20), (20, 20), (64, 0)):
-                label = f"{name}, teacher's {top_k}, student's {num_candidates}"
-                rows[label] = (teacher.score, top_k, num_candidates)
-        rates = await _rates(rows)
-        await grpc.aclose()
-        await http.aclose()
-    core.close()
-    await engine.close()
+@dataclass(frozen=True)
+class Row:
+    """One way to score a batch; `pid` is its server, `url` what can be metered."""
 
-    table = Table(title=f"{NUM_ITEMS} x {COMPLETION} tokens, {NUM_REPEATS} repeats", title_justify="left")
-    for column in ("", "tokens/s, median", "lowest to highest", "share of the ceiling"):
-        table.add_column(column)
-    ceiling = rates["bare prefill (the ceiling)"]
-    for name, values in rates.items():
-        share = np.median(values / ceiling)
-        table.add_row(name, f"{np.median(values):,.0f}", f"{values.min():,.0f} to {values.max():,.0f}", f"{share:.0%}")
+    score: Score
+    wish: Wish
+    pid: int | None = None
+    url: str = ""
+
+
+def prompts_of(items: Sequence[ScoreItem]) -> list[list[int]]:
+    """What the engine computes for a score: context and completion without its last id."""
+    return [[*np.asarray(item.prompt).tolist(), *item.completion_ids[:-1].tolist()] for item in items]
+
+
+def our_score(url: str) -> Score:
+    async def score(items: Sequence[ScoreItem]) -> object:
+        async with connect(url) as teacher:
+            return await teacher.score(items)
+
+    return score
+
+
+def stock_score(url: str) -> Score:
+    async def score(items: Sequence[ScoreItem]) -> object:
+        with httpx.Client(base_url=url, timeout=None) as client:
+            return await asyncio.to_thread(stock_scores, client, items)
+
+    return score
+
+
+def trl_score(url: str) -> Score | None:
+    try:
+        from trl.generation.vllm_client import VLLMClient  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+
+    async def score(items: Sequence[ScoreItem]) -> object:
+        return await asyncio.to_thread(trl_scores, VLLMClient(base_url=url, connection_timeout=60.0), items)
+
+    return score
+
+
+def forward_score(model_path: Path) -> Score:
+    """A plain transformers forward with log_softmax and topk, one text at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def score_all(items: Sequence[ScoreItem]) -> list[Any]:
+        results = []
+        for item, prompt in zip(items, prompts_of(items), strict=True):
+            logits_TV = model(torch.tensor([prompt]), logits_to_keep=len(item.completion_ids)).logits[0]
+            results.append(torch.log_softmax(logits_TV / item.temperature, -1).topk(item.top_k))
+        return results
+
+    async def score(items: Sequence[ScoreItem]) -> object:
+        return await asyncio.to_thread(score_all, items)
+
+    return score
+
+
+def rows_of(model: Path, server: Served, stock_url: str | None) -> dict[str, Row]:
+    """Every row of the first table."""
+    grpc, http = our_score(server.grpc_url), our_score(server.http_url)
+    rows = {
+        "ours, gRPC, K = 20": Row(grpc, Wish(20), server.pid, server.grpc_url),
+        "ours, gRPC, K = 20, float16": Row(grpc, Wish(20, half_precision=True), server.pid, server.grpc_url),
+        "ours, gRPC, student's 20": Row(grpc, Wish(0, 20), server.pid, server.grpc_url),
+        "ours, gRPC, both 20": Row(grpc, Wish(20, 20), server.pid, server.grpc_url),
+        "ours, gRPC, K = 64": Row(grpc, Wish(64), server.pid, server.grpc_url),
+        "ours, HTTP, K = 20": Row(http, Wish(20), server.pid, server.http_url),
+        "ours, HTTP, K = 64": Row(http, Wish(64), server.pid, server.http_url),
+        "transformers forward, K = 20": Row(forward_score(model), Wish(20)),
+    }
+    if stock_url is not None:
+        for top_k in (20, 64):
+            rows[f"stock vllm serve, read as TRL does, K = {top_k}"] = Row(
+                stock_score(stock_url), Wish(top_k), url=stock_url
+            )
+            if (trl := trl_score(stock_url)) is not None:
+                rows[f"stock vllm serve, TRL's client, K = {top_k}"] = Row(trl, Wish(top_k), url=stock_url)
+    return rows
+
+
+async def compare(rows: dict[str, Row], server: Served, sizes: Sizes, repeats: int) -> dict[str, dict[str, Any]]:
+    """Tokens a second of each row and of the ceiling, one value a repeat; then bytes and peaks of one more batch."""
+    rng = np.random.default_rng(0)
+    rates: dict[str, list[float]] = {"ceiling": []} | {name: [] for name in rows}
+    for _ in track(range(1 + repeats), "comparing"):  # the first warms up
+        seconds = server.prefill(prompts_of(Wish().items(rng, sizes)), sizes.num_items)
+        rates["ceiling"].append(sizes.num_tokens / seconds)
+        for name, row in rows.items():
+            items = row.wish.items(rng, sizes)
+            started = time.perf_counter()
+            await row.score(items)
+            rates[name].append(sizes.num_tokens / (time.perf_counter() - started))
+    results: dict[str, dict[str, Any]] = {name: {"tokens_per_s": values[1:]} for name, values in rates.items()}
+    for name, row in rows.items():
+        items = row.wish.items(rng, sizes)
+        client_before = reset_peak_of_client()
+        server_before = None if row.pid is None else reset_peak(row.pid)
+        await row.score(items)
+        results[name]["client_peak_mib"] = (peak_bytes_of_client() - client_before) / 2**20
+        if row.pid is not None and server_before is not None:
+            results[name]["server_peak_mib"] = (peak_bytes(row.pid) - server_before) / 2**20
+        if row.url:
+            results[name]["bytes_per_token"] = await received_bytes(row, row.wish.items(rng, sizes)) / sizes.num_tokens
+    return results
+
+
+async def received_bytes(row: Row, items: Sequence[ScoreItem]) -> int:
+    """What came over the wire for these items, everything of the transport counted."""
+    parts = urlsplit(row.url)
+    assert parts.hostname
+    assert parts.port
+    score = stock_score if row.pid is None else our_score
+    async with WireMeter.to(parts.hostname, parts.port) as meter:
+        await score(f"{parts.scheme}://{meter.address}")(items)
+        return meter.counts()[1]
+
+
+def peak_bytes_of_client() -> int:
+    return _own_status("VmHWM")
+
+
+def reset_peak_of_client() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return _own_status("VmRSS")
+
+
+def _own_status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
+
+
+async def grid(server: Served, vocab: int, max_tokens: int) -> list[dict[str, Any]]:
+    """Every K, support, length and number in flight, over gRPC: one item a request, at least 64 requests."""
+    rng = np.random.default_rng(1)
+    cells = [
+        (top_k, support, completion, in_flight)
+        for completion in GRID_COMPLETION
+        for in_flight in GRID_IN_FLIGHT
+        for top_k in GRID_TOP_K
+        for support in ("teacher", "student", "both")
+        if CONTEXT + completion <= max_tokens
+    ]
+    wishes = {
+        "teacher": lambda k: Wish(k),
+        "student": lambda k: Wish(0, k),
+        "both": lambda k: Wish(k, k),
+    }
+    ceilings: dict[tuple[int, int], float] = {}
+    results = []
+    async with connect(server.grpc_url) as teacher:
+        for top_k, support, completion, in_flight in track(cells, "grid"):
+            sizes = Sizes(max(64, 2 * in_flight) if in_flight > 1 else 16, completion, vocab)
+            if (completion, in_flight) not in ceilings:
+                prompts = prompts_of(Wish().items(rng, sizes))
+                ceilings[completion, in_flight] = sizes.num_tokens / server.prefill(prompts, in_flight)
+            items = wishes[support](top_k).items(rng, sizes)
+            places, latencies = asyncio.Semaphore(in_flight), []
+
+            async def one(
+                item: ScoreItem, places: asyncio.Semaphore = places, latencies: list[float] = latencies
+            ) -> None:
+                async with places:
+                    started = time.perf_counter()
+                    await teacher.score([item])
+                    latencies.append(time.perf_counter() - started)
+
+            started = time.perf_counter()
+            await asyncio.gather(*map(one, items))
+            rate = sizes.num_tokens / (time.perf_counter() - started)
+            results.append(
+                {
+                    "top_k": top_k,
+                    "support": support,
+                    "completion": completion,
+                    "in_flight": in_flight,
+                    "tokens_per_s": rate,
+                    "share": rate / ceilings[completion, in_flight],
+                    "p50_ms": 1000 * float(np.quantile(latencies, 0.5)),
+                    "p99_ms": 1000 * float(np.quantile(latencies, 0.99)),
+                }
+            )
+    return results
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Median and its 95 % interval, by the percentile bootstrap (Efron 1979)."""
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(values, (2000, len(values))), axis=1)
+    return float(np.median(values)), float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
+
+
+def comparison_table(title: str, results: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("", "tokens/s", "share of ceiling", "times TRL", "bytes/token", "server MiB", "client MiB"):
+        table.add_column(column, justify="left" if not column else "right")
+    ceiling = np.array(results["ceiling"]["tokens_per_s"])
+    for name, result in results.items():
+        rates = np.array(result["tokens_per_s"])
+        rival = next(
+            (
+                np.array(results[key]["tokens_per_s"])
+                for reader in ("TRL's client", "read as TRL does")
+                if (key := f"stock vllm serve, {reader}, K = {64 if 'K = 64' in name else 20}") in results
+            ),
+            None,
+        )
+        low_high = "{:,.0f} ({:,.0f} to {:,.0f})".format(*interval(rates))
+        share = "{:.0%} ({:.0%} to {:.0%})".format(*interval(rates / ceiling))
+        times = "" if rival is None else "{:.1f} ({:.1f} to {:.1f})".format(*interval(rates / rival))
+        numbers = [
+            f"{result[key]:,.0f}" if key in result else ""
+            for key in ("bytes_per_token", "server_peak_mib", "client_peak_mib")
+        ]
+        table.add_row(name, low_high, share, times, *numbers)
     return table
 
 
-async def _rates(rows: dict[str, tuple[Measured, int, int]]) -> dict[str, np.ndarray]:
-    """Tokens a second of each row, one value a repeat; the first round warms up and is left out."""
-    rng = np.random.default_rng(0)
-    rates: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(1 + NUM_REPEATS):
-        for name, (score, top_k, num_candidates) in rows.items():
-            batch = items(rng, top_k, num_candidates)
-            started = time.perf_counter()
-            await score(batch)
-            rates[name].append(NUM_ITEMS * COMPLETION / (time.perf_counter() - started))
-    return {name: np.array(values[1:]) for name, values in rates.items()}
+def grid_table(results: list[dict[str, Any]]) -> Table:
+    table = Table(title="gRPC, one item a request", title_justify="left")
+    for column in ("tokens", "in flight", "K", "support", "tokens/s", "share", "p50 ms", "p99 ms"):
+        table.add_column(column, justify="right")
+    for cell in results:
+        table.add_row(
+            *(str(cell[key]) for key in ("completion", "in_flight", "top_k", "support")),
+            f"{cell['tokens_per_s']:,.0f}",
+            f"{cell['share']:.0%}",
+            f"{cell['p50_ms']:,.0f}",
+            f"{cell['p99_ms']:,.0f}",
+        )
+    return table
+
+
+app = App(name="python -m tests.bench.scoring", help=__doc__, version_flags=[])
+
+
+@app.default
+def main(
+    *,
+    model: Annotated[tuple[Literal["tiny", "smollm2"], ...], Parameter(negative="")] = ("tiny",),
+    repeats: int = 7,
+    grid_too: Annotated[bool, Parameter(name="--grid")] = True,
+    stock: bool = True,
+    out: Path = ROOT / "runs" / "bench",
+) -> None:
+    """Measures and prints; the same numbers are left as JSON in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    for name in model:
+        with ExitStack() as stack:
+            if name == "tiny":
+                path, sizes, max_tokens = build_tiny_qwen3(out, max_context_tokens=2048), Sizes(32, 200, 304), 2048
+            else:
+                from student_trainer.study.smollm2 import fetch_smollm2
+
+                path, sizes, max_tokens = fetch_smollm2(ROOT / "models"), Sizes(8, 200, 49_152), 2048
+            server = stack.enter_context(served(path))
+            stock_url = stack.enter_context(stock_vllm_server(path, max_logprobs=64)) if stock else None
+            results = asyncio.run(compare(rows_of(path, server, stock_url), server, sizes, repeats))
+            title = f"{name}: {sizes.num_items} x {sizes.completion} tokens, T = {TEMPERATURE}, {repeats} repeats"
+            console.print(comparison_table(title, results))
+            (out / f"scoring-{name}.json").write_text(json.dumps(results, indent=1))
+            if grid_too and name == "tiny":
+                cells = asyncio.run(grid(server, sizes.vocab, max_tokens))
+                console.print(grid_table(cells))
+                (out / f"grid-{name}.json").write_text(json.dumps(cells, indent=1))
 
 
 if __name__ == "__main__":
-    Console().print(asyncio.run(measure()))
+    app()

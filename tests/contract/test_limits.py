@@ -122,13 +122,18 @@ def test_a_connection_without_a_whole_head_is_closed(run: LoopThread, head: byte
 
 
 def test_a_head_has_a_limit(run: LoopThread) -> None:
-    async def scenario() -> tuple[int, int]:
+    async def scenario() -> tuple[int, int | None]:
         async with serving(None) as server, httpx.AsyncClient(base_url=server.listeners.http_url) as client:
             accepted = await client.get("/healthz", headers={"x-long": "x" * 30_000})
-            refused = await client.get("/healthz", headers={"x-long": "x" * 3_000_000})
-            return accepted.status_code, refused.status_code
+            try:
+                refused = (await client.get("/healthz", headers={"x-long": "x" * 3_000_000})).status_code
+            except httpx.TransportError:  # closed while the client still wrote: the answer may be lost with it
+                refused = None
+            return accepted.status_code, refused
 
-    assert run(scenario()) == (200, 400)
+    accepted, refused = run(scenario())
+    assert accepted == 200
+    assert refused in (400, None)
 
 
 def test_an_idle_connection_outlives_httpx_s_own_limit() -> None:

@@ -112,7 +112,7 @@ def test_the_metrics_say_what_was_done(
 
 @pytest.mark.slow
 def test_the_prefix_cache_is_counted(run: LoopThread, vllm_engine: Engine, tiny_model: Path) -> None:
-    prompt = np.random.default_rng(11).integers(0, 256, 100).astype(np.int32)
+    prompt = np.random.default_rng(11).integers(0, 256, 150).astype(np.int32)
     completions = [np.array([i], np.int32) for i in (1, 2)]
 
     async def scenario() -> tuple[Samples, int]:
@@ -127,7 +127,7 @@ def test_the_prefix_cache_is_counted(run: LoopThread, vllm_engine: Engine, tiny_
     found, num_cached_tokens = run(scenario())
     assert num_cached_tokens > 0
     assert value(found, "teacher_tokens_total", operation="score", kind="cached") == num_cached_tokens
-    assert value(found, "teacher_tokens_total", operation="score", kind="context") == 2 * 100
+    assert value(found, "teacher_tokens_total", operation="score", kind="context") == 2 * 150
 
 
 def test_the_load_is_shown(run: LoopThread, transformers_engine: Engine, tiny_model: Path) -> None:

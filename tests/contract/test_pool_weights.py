@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from protos.errors import Conflict, NotReady
 from protos.pool import PoolOptions, TeacherPool
 from protos.records import ScoreItem, ScoreRequest
 from teacher_server.engines.transformers import TransformersEngine
-from tests.contract.test_weights import serving_weights, stream_model
+from tests.contract.test_weights import SECRET, serving_weights, stream_model
 from tests.harness import LoopThread, until
 from tests.tiny_model import build_tiny_qwen3
 
@@ -31,12 +32,14 @@ def test_every_replica_has_the_new_weights_or_none(run: LoopThread, tiny_model: 
         async with (
             serving_weights(engines[0], tiny_model, folders[0]) as a,
             serving_weights(engines[1], tiny_model, folders[1]) as b,
-            TeacherPool(f"{a.server.url('grpc')},{b.server.url('http')}", connect, OPTIONS) as pool,
+            TeacherPool(
+                f"{a.server.url('grpc')},{b.server.url('http')}", partial(connect, token=SECRET), OPTIONS
+            ) as pool,
         ):
             before = await pool.score(ITEMS)
             assert (await stream_model(pool, other, 1)).weights_version == 1
             for served in (a, b):
-                async with served.server.connect("grpc") as alone:
+                async with served.connect("grpc") as alone:
                     assert (await alone.info()).weights_version == 1
             after = await pool.score(ScoreRequest(ITEMS, min_weights_version=1))
             assert {result.weights_version for result in after} == {1}
@@ -50,7 +53,7 @@ def test_every_replica_has_the_new_weights_or_none(run: LoopThread, tiny_model: 
             await until(lambda: pool.stats().replicas[1].refusal)
             with pytest.raises(NotReady, match="so no replica was changed"):
                 await stream_model(pool, tiny_model, 2)
-            async with a.server.connect("grpc") as alone:
+            async with a.connect("grpc") as alone:
                 assert (await alone.info()).weights_version == 1
         for engine in engines:
             await engine.close()
