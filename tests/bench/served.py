@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import structlog
 
 START_TIMEOUT_S = 300.0
 
@@ -60,6 +62,7 @@ async def _serve(pipe: Connection, model: Path, engine_args: dict[str, Any]) -> 
     from teacher_server.engines.vllm import VllmEngine
     from tests.harness import core_over, serving
 
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     engine = await VllmEngine.create(str(model), dtype="float32", engine_args=engine_args)
     core = core_over(engine, model, max_items=1024)
     async with serving(core) as server:
