@@ -92,7 +92,7 @@ def main(
             f"{cached:.0%}",
             f"{difference:.1e}",
         )
-    Console().print(table)
+    Console(width=max(Console().width, 120)).print(table)
 
 
 def _folder() -> Path:

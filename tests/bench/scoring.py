@@ -340,7 +340,7 @@ def main(
 ) -> None:
     """Measures and prints; the same numbers are left as JSON in `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(width=max(Console().width, 150))
     for name in model:
         with ExitStack() as stack:
             if name == "tiny":
