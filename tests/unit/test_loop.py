@@ -7,7 +7,8 @@ import torch
 from student_trainer import checkpoint
 from student_trainer.collate import collate
 from student_trainer.config import ModelConfig, parse_config
-from student_trainer.loop import Learner, train
+from student_trainer.learner import Learner
+from student_trainer.loop import train
 from student_trainer.run_folder import read_rows
 from student_trainer.stages import Collected
 from student_trainer.stages.sft import Sft

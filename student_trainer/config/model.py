@@ -1,0 +1,37 @@
+"""The student's model, and how its weights are stepped."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from student_trainer.config.base import Section
+
+
+class ModelConfig(Section):
+    """The student."""
+
+    path: str
+    """A folder in transformers' format, or a Hub id."""
+    revision: str | None = None
+    """A Hub revision; None is the newest."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and activations."""
+    device: str = "auto"
+    """"auto" takes CUDA where there is one."""
+
+
+class OptimConfig(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: PositiveFloat = 1e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    """Steps over which the rate rises from 0 to `lr`: the first steps of AdamW are its largest."""
+    final_lr_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The rate at the last step, as a share of `lr`."""
+    max_grad_norm: PositiveFloat = 1.0
+    micro_batch_size: PositiveInt = 64
+    """Sequences in one forward pass; gradients accumulate to the whole step's token mean."""
