@@ -37,20 +37,20 @@ from student_trainer.tasks import ToyTask, build_task
 app = App(help=__doc__)
 console = Console()
 
-NUM_HELD_OUT = 1000
-"""A 95 % interval of at most ± 3.1 points."""
+NUM_MEASURED = 256
+"""Rollouts behind a figure of closeness to the teacher."""
 
 MAX_NEW_TOKENS = 48
 """The longest trace of five terms below ten has 30 tokens."""
 
-SFT_TASK = ToyTask(rule_rate=0.3, held_out_size=NUM_HELD_OUT)
+SFT_TASK = ToyTask(rule_rate=0.3)
 """Three problems in ten carry a rule, so that both models obey the system message "R"."""
 
-PLAIN_TASK = ToyTask(held_out_size=NUM_HELD_OUT)
-RULED_TASK = ToyTask(rule_rate=1.0, show_rule=False, held_out_size=NUM_HELD_OUT)
+PLAIN_TASK = ToyTask()
+RULED_TASK = ToyTask(rule_rate=1.0, show_rule=False)
 """Answers are expected reversed and the prompt does not say so: has the rule become the student's own?"""
 
-SHOWN_RULE_TASK = ToyTask(rule_rate=1.0, held_out_size=NUM_HELD_OUT)
+SHOWN_RULE_TASK = ToyTask(rule_rate=1.0)
 
 
 SFT_OPTIM = {"lr": 2e-3, "betas": [0.9, 0.98], "weight_decay": 0.1, "warmup_steps": 50, "micro_batch_size": 64}
@@ -67,6 +67,8 @@ class Sizes:
     opd_steps: int = 300
     swap_steps: int = 10
     opsd_steps: int = 40
+    num_held_out: int = 1000
+    """Problems of every evaluation: a 95 % interval of at most ± 3.1 points."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +115,32 @@ class Demo:
         return parse_config(
             {
                 "run": str(self.out / name),
-                "task": task.model_dump(),
+                "task": self._held_out_of(task).model_dump(),
                 "problems_per_step": 64,
                 "rollout": {"max_new_tokens": MAX_NEW_TOKENS},
-                "eval": {"num_problems": NUM_HELD_OUT, "batch_size": 250},
+                "eval": self._eval.model_dump(),
                 **tables,
             }
         )
+
+    def accuracy(self, model: Path, task: ToyTask) -> Evaluation:
+        """Greedy accuracy on the task's held-out problems."""
+        held_out = build_task(self._held_out_of(task))
+        return evaluate(load_sampler(model), held_out, self._eval, max_new_tokens=MAX_NEW_TOKENS)
+
+    def close_to(self, url: str, model: Path) -> Closeness:
+        """How close the teacher at `url` is to the student in `model`, on held-out problems."""
+        params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, top_ids=5)
+        problems = build_task(self._held_out_of(PLAIN_TASK)).held_out[:NUM_MEASURED]
+        with Scorer(url, temperature=1.0, timeout_s=120) as scorer:
+            return measure_closeness(load_sampler(model), scorer, problems, params, seed=self.seed)
+
+    @property
+    def _eval(self) -> EvalConfig:
+        return EvalConfig(num_problems=self.sizes.num_held_out, batch_size=250)
+
+    def _held_out_of(self, task: ToyTask) -> ToyTask:
+        return task.model_copy(update={"held_out_size": self.sizes.num_held_out})
 
 
 @app.default
@@ -152,41 +173,28 @@ def run(demo: Demo) -> dict[str, Any]:
         console.print(f"[bold]3/4[/] OPD against {urls['grpc_url']}")
         opd = {"kind": "opd"}
         distilled = demo.distil("opd", student, urls["grpc_url"], opd, sizes.opd_steps)
-        before = close_to(urls["grpc_url"], student, seed)
-        after = close_to(urls["grpc_url"], distilled, seed)
+        before = demo.close_to(urls["grpc_url"], student)
+        after = demo.close_to(urls["grpc_url"], distilled)
         console.print(f"[bold]4/4[/] the swap: the same student against {urls['http_url']}, then against itself")
         demo.distil("swap-http", student, urls["http_url"], opd, sizes.swap_steps)
     with teacher_process(student, out / "self-server") as server:
         stage = {"kind": "opsd", "privileged": {"kind": "system", "text": RULE_MARKS["reversed"]}}
         ruled = demo.distil("swap-opsd", student, server.wait()["grpc_url"], stage, sizes.opsd_steps)
     result = {
-        "teacher": asdict(accuracy(teacher, PLAIN_TASK)),
-        "student_before": asdict(accuracy(student, PLAIN_TASK)),
-        "student_after": asdict(accuracy(distilled, PLAIN_TASK)),
+        "teacher": asdict(demo.accuracy(teacher, PLAIN_TASK)),
+        "student_before": asdict(demo.accuracy(student, PLAIN_TASK)),
+        "student_after": asdict(demo.accuracy(distilled, PLAIN_TASK)),
         "closeness_before": asdict(before),
         "closeness_after": asdict(after),
-        "rule_told": asdict(accuracy(student, SHOWN_RULE_TASK)),
-        "rule_before": asdict(accuracy(student, RULED_TASK)),
-        "rule_after": asdict(accuracy(ruled, RULED_TASK)),
+        "rule_told": asdict(demo.accuracy(student, SHOWN_RULE_TASK)),
+        "rule_before": asdict(demo.accuracy(student, RULED_TASK)),
+        "rule_after": asdict(demo.accuracy(ruled, RULED_TASK)),
         "opd_tokens_per_s": median_of(out / "opd", "scored_tokens_per_s"),
         "loss_grpc": losses(out / "opd", sizes.swap_steps),
         "loss_http": losses(out / "swap-http", sizes.swap_steps),
         "seconds": time.monotonic() - started,
     }
     return result | {"gap_recovered": gap_recovered(result)}
-
-
-def accuracy(model: Path, task: ToyTask) -> Evaluation:
-    """Greedy accuracy on the task's held-out problems."""
-    config = EvalConfig(num_problems=NUM_HELD_OUT, batch_size=250)
-    return evaluate(load_sampler(model), build_task(task), config, max_new_tokens=MAX_NEW_TOKENS)
-
-
-def close_to(url: str, model: Path, seed: int) -> Closeness:
-    """How close the teacher at `url` is to the student in `model`, on held-out problems."""
-    params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, top_ids=5)
-    with Scorer(url, temperature=1.0, timeout_s=120) as scorer:
-        return measure_closeness(load_sampler(model), scorer, build_task(PLAIN_TASK).held_out[:256], params, seed=seed)
 
 
 def losses(run: Path, num_steps: int) -> list[float]:
