@@ -67,6 +67,8 @@ class Sizes:
     opd_steps: int = 300
     swap_steps: int = 10
     opsd_steps: int = 40
+    num_train: int = 20_000
+    """Problems to train on; every run draws them anew."""
     num_held_out: int = 1000
     """Problems of every evaluation: a 95 % interval of at most ± 3.1 points."""
 
@@ -115,7 +117,7 @@ class Demo:
         return parse_config(
             {
                 "run": str(self.out / name),
-                "task": self._held_out_of(task).model_dump(),
+                "task": self._sized(task).model_dump(),
                 "problems_per_step": 64,
                 "rollout": {"max_new_tokens": MAX_NEW_TOKENS},
                 "eval": self._eval.model_dump(),
@@ -125,13 +127,13 @@ class Demo:
 
     def accuracy(self, model: Path, task: ToyTask) -> Evaluation:
         """Greedy accuracy on the task's held-out problems."""
-        held_out = build_task(self._held_out_of(task))
-        return evaluate(load_sampler(model), held_out, self._eval, max_new_tokens=MAX_NEW_TOKENS)
+        sized = build_task(self._sized(task))
+        return evaluate(load_sampler(model), sized, self._eval, max_new_tokens=MAX_NEW_TOKENS)
 
     def close_to(self, url: str, model: Path) -> Closeness:
         """How close the teacher at `url` is to the student in `model`, on held-out problems."""
         params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, top_ids=5)
-        problems = build_task(self._held_out_of(PLAIN_TASK)).held_out[:NUM_MEASURED]
+        problems = build_task(self._sized(PLAIN_TASK)).held_out[:NUM_MEASURED]
         with Scorer(url, temperature=1.0, timeout_s=120) as scorer:
             return measure_closeness(load_sampler(model), scorer, problems, params, seed=self.seed)
 
@@ -139,8 +141,8 @@ class Demo:
     def _eval(self) -> EvalConfig:
         return EvalConfig(num_problems=self.sizes.num_held_out, batch_size=250)
 
-    def _held_out_of(self, task: ToyTask) -> ToyTask:
-        return task.model_copy(update={"held_out_size": self.sizes.num_held_out})
+    def _sized(self, task: ToyTask) -> ToyTask:
+        return task.model_copy(update={"train_size": self.sizes.num_train, "held_out_size": self.sizes.num_held_out})
 
 
 @app.default

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.timeout(600)
 def test_the_demo_runs_from_end_to_end(tmp_path, capsys):
-    sizes = demo.Sizes(teacher_steps=3, student_steps=2, opd_steps=3, swap_steps=1, opsd_steps=2, num_held_out=40)
+    sizes = demo.Sizes(
+        teacher_steps=3, student_steps=2, opd_steps=3, swap_steps=1, opsd_steps=2, num_train=200, num_held_out=40
+    )
     result = demo.run(demo.Demo(tmp_path, seed=0, sizes=sizes))
     # The student is the same and so are its rollouts, so the transports must agree on the first loss.
     assert result["loss_http"] == pytest.approx(result["loss_grpc"], abs=1e-5)
