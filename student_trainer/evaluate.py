@@ -68,11 +68,8 @@ def evaluate(sampler: Sampler, task: Task, config: EvalConfig, *, max_new_tokens
 def greedy(sampler: Sampler, problems: Sequence[Problem], batch_size: int, max_new_tokens: int) -> list[Rollout]:
     """The most likely completion of each problem, in order."""
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
-    return [
-        rollout
-        for start in range(0, len(problems), batch_size)
-        for rollout in sampler.sample(problems[start : start + batch_size], params, seed=0)
-    ]
+    batches = [problems[start : start + batch_size] for start in range(0, len(problems), batch_size)]
+    return [rollout for batch in batches for rollout in sampler.sample(batch, params, seeds=[0] * len(batch))]
 
 
 def wilson_interval(share: float, num_trials: int) -> tuple[float, float]:

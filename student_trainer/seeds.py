@@ -28,3 +28,8 @@ def pick(items: Sequence[T], num_items: int, step: int, seed: int) -> list[T]:
         for epoch in {position // len(items) for position in positions}
     }
     return [items[int(orders[position // len(items)][position % len(items)])] for position in positions]
+
+
+def rollout_seeds(seed: int, step: int, num_problems: int) -> list[int]:
+    """The seeds of the problems that `pick` gives at that step, one each: a function of their places in its stream."""
+    return [derive_seed(seed, ROLLOUTS, place) for place in range(step * num_problems, (step + 1) * num_problems)]

@@ -55,6 +55,11 @@ class Rollout:
 class Sampler(Protocol):
     """Writes completions with the student's current weights."""
 
-    def sample(self, problems: Sequence[Problem], params: SamplingParams, *, seed: int) -> list[Rollout]:
-        """`params.num_samples` completions of each problem, grouped by problem; equal seeds, equal completions."""
+    def sample(self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]) -> list[Rollout]:
+        """`params.num_samples` completions of each problem, grouped by problem.
+
+        Args:
+            seeds: one for each problem; with the weights and the sample's number in its group it determines a
+                completion, whatever else is in the batch.
+        """
         ...

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from student_trainer.rollout.base import Rollout, SamplingParams
+from student_trainer.rollout.draw import draw, streams
 from student_trainer.tasks import Problem
 from student_trainer.text import render_prompt
 
@@ -25,16 +26,19 @@ class TransformersSampler:
         self._eos_token_ids = eos_token_ids
 
     @torch.no_grad()
-    def sample(self, problems: Sequence[Problem], params: SamplingParams, *, seed: int) -> list[Rollout]:
-        """`params.num_samples` completions of each problem; see `rollout.base.Sampler`."""
+    def sample(self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]) -> list[Rollout]:
+        """See `rollout.base.Sampler`.
+
+        Raises:
+            FloatingPointError: the model's logits are not finite.
+        """
         prompts = [render_prompt(self._tokenizer, problem.messages) for problem in problems]
         owners = [index for index in range(len(problems)) for _ in range(params.num_samples)]
-        device = self._model.device
-        generator = torch.Generator(device=device).manual_seed(seed)
+        uniform_BT2 = streams(seeds, params.num_samples, params.max_new_tokens)
         was_training = self._model.training
         self._model.eval()
         try:
-            ids_BT, logp_BT, top_BTK = self._decode([prompts[owner] for owner in owners], params, generator)
+            ids_BT, logp_BT, top_BTK = self._decode([prompts[owner] for owner in owners], params, uniform_BT2)
         finally:
             self._model.train(was_training)
         return [
@@ -43,19 +47,19 @@ class TransformersSampler:
         ]
 
     def _decode(
-        self, prompts: Sequence[np.ndarray], params: SamplingParams, generator: torch.Generator
+        self, prompts: Sequence[np.ndarray], params: SamplingParams, uniform_BT2: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ids, log-probs and top ids of every row, on the CPU; a row that has ended holds -1."""
         device = self._model.device
         input_ids, mask = left_pad(prompts, self._eos_token_ids[0])
-        input_ids, mask = input_ids.to(device), mask.to(device)
+        input_ids, mask, uniform_BT2 = input_ids.to(device), mask.to(device), uniform_BT2.to(device)
         eos = torch.tensor(self._eos_token_ids, device=device)
         position = mask.sum(-1, keepdim=True) - 1
         position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
         cache = DynamicCache(config=self._model.config)
         is_running = torch.ones(len(prompts), dtype=torch.bool, device=device)
         columns: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        for _ in range(params.max_new_tokens):
+        for t in range(params.max_new_tokens):
             logits_BV = (
                 self._model(
                     input_ids=input_ids,
@@ -69,7 +73,7 @@ class TransformersSampler:
                 .float()
             )
             logp_BV = (logits_BV / (params.temperature or 1.0)).log_softmax(-1)
-            token_B = draw(logp_BV, params, generator)
+            token_B = draw(logp_BV, params, uniform_BT2[:, t])
             columns.append(
                 (
                     token_B.masked_fill(~is_running, -1).cpu(),
@@ -84,7 +88,10 @@ class TransformersSampler:
             input_ids, position_ids = token_B[:, None], position
             mask = torch.cat([mask, torch.ones_like(position)], -1)
         ids, logps, tops = zip(*columns, strict=True)
-        return torch.stack(ids, 1), torch.stack(logps, 1), torch.stack(tops, 1)
+        logp_BT = torch.stack(logps, 1)
+        if not logp_BT.isfinite().all():
+            raise FloatingPointError("the student's logits are not finite, so nothing can be sampled from them")
+        return torch.stack(ids, 1), logp_BT, torch.stack(tops, 1)
 
     def _rollout(
         self, problem: Problem, prompt_ids: np.ndarray, ids_T: np.ndarray, logp_T: np.ndarray, top_TK: np.ndarray
@@ -100,18 +107,6 @@ class TransformersSampler:
             is_finished=int(completion_ids[-1]) in self._eos_token_ids,
             text=str(self._tokenizer.decode(completion_ids, skip_special_tokens=True)),
         )
-
-
-def draw(logp_BV: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> torch.Tensor:
-    """One id a row, int64 [B]: greedy at temperature 0, else from the nucleus of `logp_BV` (already at temperature)."""
-    if params.temperature == 0:
-        return logp_BV.argmax(-1)
-    probs_BV = logp_BV.exp()
-    if params.top_p < 1:
-        sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
-        outside_BV = sorted_BV.cumsum(-1) - sorted_BV >= params.top_p
-        probs_BV = torch.zeros_like(probs_BV).scatter(-1, order_BV, sorted_BV.masked_fill(outside_BV, 0))
-    return torch.multinomial(probs_BV, 1, generator=generator)[:, 0]
 
 
 def left_pad(rows: Sequence[np.ndarray], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

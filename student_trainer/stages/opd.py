@@ -16,7 +16,7 @@ from student_trainer import monitor
 from student_trainer.collate import Batch, collate
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
 from student_trainer.scoring import Scorer
-from student_trainer.seeds import ROLLOUTS, derive_seed, pick
+from student_trainer.seeds import pick, rollout_seeds
 from student_trainer.stages.base import Collected, Metrics
 from student_trainer.stages.objective import Objective
 from student_trainer.tasks import Task
@@ -48,7 +48,8 @@ class Opd:
         """Step s's rollouts and the teacher's scores of them."""
         problems = pick(self._task.train, self._problems_per_step, step, self._seed)
         started = time.perf_counter()
-        rollouts = self._sampler.sample(problems, self._sampling, seed=derive_seed(self._seed, ROLLOUTS, step))
+        seeds = rollout_seeds(self._seed, step, self._problems_per_step)
+        rollouts = self._sampler.sample(problems, self._sampling, seeds=seeds)
         sampled = time.perf_counter()
         results = self._scorer.score(rollouts, self._objective.wanted)
         scored = time.perf_counter()

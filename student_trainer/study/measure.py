@@ -14,6 +14,7 @@ from student_trainer.rollout.base import Sampler, SamplingParams
 from student_trainer.rollout.transformers import TransformersSampler
 from student_trainer.run_folder import read_rows
 from student_trainer.scoring import Scorer, Wanted
+from student_trainer.seeds import rollout_seeds
 from student_trainer.student import load_student
 from student_trainer.tasks import Problem
 
@@ -41,7 +42,7 @@ def measure_closeness(
     sampler: Sampler, scorer: Scorer, problems: Sequence[Problem], params: SamplingParams, *, seed: int
 ) -> Closeness:
     """Samples one batch and has it scored; `params.top_ids` is K, and `params.temperature` must be the scorer's."""
-    rollouts = sampler.sample(problems, params, seed=seed)
+    rollouts = sampler.sample(problems, params, seeds=rollout_seeds(seed, 0, len(problems)))
     started = time.perf_counter()
     results = scorer.score(rollouts, Wanted(teacher_top_k=params.top_ids))
     seconds = time.perf_counter() - started

@@ -13,6 +13,7 @@ from student_trainer.losses import log_probs, reverse_kl, token_mean
 from student_trainer.rollout.base import SamplingParams
 from student_trainer.run_folder import read_rows
 from student_trainer.scoring import Scorer, TeacherMismatch, Wanted
+from student_trainer.seeds import rollout_seeds
 from student_trainer.stages.objective import Objective
 from student_trainer.stages.opd import collate_scored
 from student_trainer.student import load_student
@@ -93,7 +94,7 @@ def test_a_teacher_shifted_by_one_position_does_not_go_unseen(models, teacher):
     sampler = load_sampler(models["same"])
     objective = Objective(LossConfig(top_k=V), V, temperature=1.0)
     problems = build_task(ToyTask(train_size=50, held_out_size=10)).train[:8]
-    rollouts = sampler.sample(problems, SamplingParams(max_new_tokens=10, top_ids=V), seed=0)
+    rollouts = sampler.sample(problems, SamplingParams(max_new_tokens=10, top_ids=V), seeds=range(8))
     with Scorer(teacher["grpc_url"], temperature=1.0, timeout_s=60) as scorer:
         batch = collate_scored(rollouts, scorer.score(rollouts, objective.wanted))
     assert batch.teacher_logp_BT is not None
@@ -119,7 +120,7 @@ def test_more_rollouts_than_one_request_may_hold_are_scored_in_order(models, tea
     """The server takes 1024 items a request; each rollout's own log-probs tell whether it got its own scores."""
     problems = build_task(ToyTask(train_size=50, held_out_size=10)).train
     params = SamplingParams(max_new_tokens=2, num_samples=21)
-    rollouts = load_sampler(models["same"]).sample(problems, params, seed=0)
+    rollouts = load_sampler(models["same"]).sample(problems, params, seeds=range(50))
     with Scorer(teacher["grpc_url"], temperature=1.0, timeout_s=120) as scorer:
         assert len(rollouts) == 1050 > scorer.info.max_items
         results = scorer.score(rollouts, Wanted())
@@ -148,7 +149,7 @@ def test_closeness_is_zero_to_itself_and_the_exact_divergence_to_another(models,
         same, other = (measure_closeness(s, scorer, problems, params, seed=0) for s in samplers.values())
     assert abs(same.reverse_kl) < 1e-5
     assert same.overlap_ratio > 0.99
-    rollouts = samplers["other"].sample(problems, params, seed=0)
+    rollouts = samplers["other"].sample(problems, params, seeds=rollout_seeds(0, 0, 40))
     batch = collate([r.prompt_ids for r in rollouts], [r.completion_ids for r in rollouts])
     with torch.no_grad():
         logp = {name: log_probs(completion_logits(load(model), batch), 1.0) for name, model in models.items()}

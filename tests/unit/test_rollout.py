@@ -1,3 +1,6 @@
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from protos.records import Message
 from student_trainer.rollout.base import SamplingParams
-from student_trainer.rollout.transformers import TransformersSampler, draw
+from student_trainer.rollout.transformers import TransformersSampler
 from student_trainer.study.toy import build_toy_model
 from student_trainer.tasks import Problem
 
@@ -29,6 +32,11 @@ def sampler(model):
 
 
 PROBLEMS = [Problem(f"p{i}", (Message("user", text),), "0") for i, text in enumerate(["3+5", "1+2+3+4", "9+9+9"])]
+SEEDS = [11, 12, 13]
+
+
+def ids_of(rollouts):
+    return [rollout.completion_ids.tolist() for rollout in rollouts]
 
 
 def plain_logits(model, rollout):
@@ -41,7 +49,7 @@ def plain_logits(model, rollout):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.3])
 def test_log_probs_are_those_of_a_plain_forward_at_the_temperature(model, sampler, temperature):
     params = SamplingParams(max_new_tokens=12, temperature=temperature, num_samples=2, top_ids=5)
-    rollouts = sampler.sample(PROBLEMS, params, seed=3)
+    rollouts = sampler.sample(PROBLEMS, params, seeds=SEEDS)
     assert [rollout.problem.id for rollout in rollouts] == ["p0", "p0", "p1", "p1", "p2", "p2"]
     for rollout in rollouts:
         logits_TV = plain_logits(model, rollout)
@@ -55,7 +63,7 @@ def test_log_probs_are_those_of_a_plain_forward_at_the_temperature(model, sample
 
 def test_a_completion_ends_with_eos_or_at_the_budget(sampler):
     params = SamplingParams(max_new_tokens=30, num_samples=8)
-    rollouts = sampler.sample(PROBLEMS, params, seed=0)
+    rollouts = sampler.sample(PROBLEMS, params, seeds=SEEDS)
     assert {rollout.is_finished for rollout in rollouts} == {True, False}
     for rollout in rollouts:
         assert EOS not in rollout.completion_ids[:-1]
@@ -64,37 +72,40 @@ def test_a_completion_ends_with_eos_or_at_the_budget(sampler):
 
 
 def test_greedy_equals_the_argmax_of_each_row_alone(model, sampler):
-    for rollout in sampler.sample(PROBLEMS, SamplingParams(max_new_tokens=10, temperature=0.0), seed=0):
+    for rollout in sampler.sample(PROBLEMS, SamplingParams(max_new_tokens=10, temperature=0.0), seeds=SEEDS):
         assert rollout.completion_ids.tolist() == plain_logits(model, rollout).argmax(-1).tolist()
 
 
-def test_equal_seeds_equal_rollouts(sampler):
-    params = SamplingParams(max_new_tokens=20)
-    texts = [[rollout.text for rollout in sampler.sample(PROBLEMS, params, seed=seed)] for seed in (1, 1, 2)]
-    assert texts[0] == texts[1]
-    assert texts[0] != texts[2]
+def test_a_completion_depends_on_its_own_seed_and_sample_alone(sampler):
+    """In a batch, alone, in another order, and in a group of another size."""
+    params = SamplingParams(max_new_tokens=20, num_samples=3)
+    written = ids_of(sampler.sample(PROBLEMS, params, seeds=SEEDS))
+    assert len({tuple(ids) for ids in written}) > 6  # some end at once, and so are equal by chance
+    assert ids_of(sampler.sample(PROBLEMS[1:2], params, seeds=SEEDS[1:2])) == written[3:6]
+    assert ids_of(sampler.sample(PROBLEMS[::-1], params, seeds=SEEDS[::-1])) == written[6:] + written[3:6] + written[:3]
+    assert ids_of(sampler.sample(PROBLEMS, dataclasses.replace(params, num_samples=1), seeds=SEEDS)) == written[::3]
+    other = ids_of(sampler.sample(PROBLEMS, params, seeds=[SEEDS[0], 99, SEEDS[2]]))
+    assert [a == b for a, b in zip(written, other, strict=True)] == [True] * 3 + [False] * 3 + [True] * 3
+
+
+def test_a_larger_budget_goes_on_where_the_smaller_one_stopped(sampler):
+    short, long = (
+        ids_of(sampler.sample(PROBLEMS, SamplingParams(max_new_tokens=budget), seeds=SEEDS)) for budget in (5, 20)
+    )
+    assert [ids[:5] for ids in long] == short
+
+
+def test_logits_that_are_not_finite_are_an_error(model):
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data[5, 0] = torch.nan
+    sampler = TransformersSampler(broken, model.tokenizer, eos_token_ids=(EOS,))
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        sampler.sample(PROBLEMS, SamplingParams(max_new_tokens=3), seeds=SEEDS)
 
 
 def test_sampling_leaves_the_global_random_state_and_the_mode_alone(model, sampler):
     model.train()
     before = torch.random.get_rng_state()
-    sampler.sample(PROBLEMS, SamplingParams(max_new_tokens=3), seed=1)
+    sampler.sample(PROBLEMS, SamplingParams(max_new_tokens=3), seeds=SEEDS)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert model.training
-
-
-def test_draw_follows_the_distribution():
-    """40,000 draws of p = (.7, .2, .1): each share within 4 standard errors, sqrt(p (1 - p) / n) <= .0023."""
-    logp = torch.tensor([0.7, 0.2, 0.1]).log().expand(40_000, 3)
-    ids = draw(logp, SamplingParams(max_new_tokens=1), torch.Generator().manual_seed(0))
-    shares = ids.bincount(minlength=3) / 40_000
-    np.testing.assert_allclose(shares, [0.7, 0.2, 0.1], atol=4 * 0.0023)
-
-
-def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
-    """Of (.5, .3, .15, .05) the nucleus of .6 is {0, 1}: .5 < .6 <= .8; renormalised (.625, .375)."""
-    logp = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20_000, 4)
-    ids = draw(logp, SamplingParams(max_new_tokens=1, top_p=0.6), torch.Generator().manual_seed(0))
-    shares = ids.bincount(minlength=4) / 20_000
-    np.testing.assert_allclose(shares, [0.625, 0.375, 0, 0], atol=4 * 0.0035)
-    assert shares[2] == shares[3] == 0
