@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +21,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from protos import codec, json_models
 from protos.errors import (
     ERRORS,
-    DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
     TeacherError,
     Unauthenticated,
-    too_large,
 )
 from protos.records import ServedTeacher, TeacherInfo
 from protos.wire import (
     AUTHORIZATION,
-    BODY_CRC_HEADER,
     CLIENT_HEADER,
     GENERATE,
     GET_INFO,
@@ -43,14 +38,14 @@ from protos.wire import (
     TEACHER_PATH,
     TIMEOUT_HEADER,
     WEIGHTS_PATH,
-    FrameReader,
-    check_body,
     frame,
 )
 from teacher_server import auth, openai_routes
 from teacher_server.gate import Gate
+from teacher_server.http_body import content_type, messages, read_body, read_record
+from teacher_server.http_replies import Outcomes, Replies, as_one_json, framed
 from teacher_server.limits import DEFAULT_LIMITS, Limits
-from teacher_server.observation import current, phase
+from teacher_server.observation import current
 from teacher_server.upload import read_out, read_upload
 
 _log = structlog.get_logger()
@@ -70,6 +65,16 @@ class _Form:
     to_json: Callable[[int, Any], BaseModel]
     json_request: type[BaseModel]
     json_replies: Callable[..., BaseModel]
+
+    async def read(self, request: Request, limits: Limits) -> Any:
+        """See http_body.read_record."""
+        return await read_record(request, limits, from_json=self.from_json, from_protobuf=self.from_protobuf)
+
+    def replies(self, request: Request, outcomes: Outcomes) -> Replies:
+        """The outcomes in the form that the client asked for."""
+        if _speaks_protobuf(request):
+            return framed(outcomes, self.to_protobuf)
+        return as_one_json(outcomes, self.to_json, self.json_replies)
 
 
 _SCORE = _Form(
@@ -119,8 +124,8 @@ def create_app(
     async def score(request: Request) -> Response:
         """Log-probs of every item's completion; over protobuf each reply is sent as soon as its item is done."""
         client = _client(request, auth.SCORE)
-        body = await _read(request, _SCORE, limits)
-        return _Replies(gate.score_stream(body, timeout_s=_timeout_s(request), client=client), _SCORE, request)
+        asked = await _SCORE.read(request, limits)
+        return _SCORE.replies(request, gate.score_stream(asked, timeout_s=_timeout_s(request), client=client))
 
     @app.post(
         GENERATE.http_path,
@@ -131,8 +136,8 @@ def create_app(
     async def generate(request: Request) -> Response:
         """Continuations of every item; over protobuf each reply is sent as soon as its item is done."""
         client = _client(request, auth.GENERATE)
-        body = await _read(request, _GENERATE, limits)
-        return _Replies(gate.generate_stream(body, timeout_s=_timeout_s(request), client=client), _GENERATE, request)
+        asked = await _GENERATE.read(request, limits)
+        return _GENERATE.replies(request, gate.generate_stream(asked, timeout_s=_timeout_s(request), client=client))
 
     @app.put(
         WEIGHTS_PATH.replace("{name}", "{name:path}"),
@@ -145,11 +150,11 @@ def create_app(
         behind its length) brings them."""
         try:
             _client(request, auth.ADMIN)
-            if _content_type(request) == JSON_TYPE:
-                body = await _body(request, limits)
+            if content_type(request) == JSON_TYPE:
+                body = await read_body(request, limits)
                 update, chunks = json_models.weights_update_from_json(name, body), None
             else:
-                update, chunks = await read_upload(_messages(request))
+                update, chunks = await read_upload(messages(request))
             if update.teacher != name:
                 raise InvalidRequest(
                     f"teacher is {update.teacher[:80]!r}; the path says {name[:80]!r}", field="teacher"
@@ -242,112 +247,6 @@ def _client(request: Request, scope: str) -> str:
     caller.require(scope)
     address = request.client.host if request.client else ""
     return caller.client(",".join(request.headers.getlist(CLIENT_HEADER)), address)
-
-
-class _Replies(Response):
-    """Sends replies as they come (protobuf) or all together (JSON); closes their stream when the client vanishes."""
-
-    def __init__(self, replies: AsyncGenerator[tuple[int, Any], None], form: _Form, request: Request) -> None:
-        protobuf = _speaks_protobuf(request)
-        super().__init__(media_type=PROTOBUF_TYPE if protobuf else JSON_TYPE)
-        del self.headers["content-length"]
-        self._chunks = _framed(replies, form) if protobuf else _as_one_json(replies, form)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.create_task(self._send_all(send))
-        vanished = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait((sending, vanished), return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                await sending
-        finally:
-            sending.cancel()
-            vanished.cancel()
-            await asyncio.gather(sending, vanished, return_exceptions=True)
-
-    async def _send_all(self, send: Send) -> None:
-        """Starts the response with the first chunk only, so that an error before it keeps its own status."""
-        started = False
-        async with aclosing(self._chunks) as chunks:
-            async for chunk in chunks:
-                if not started:
-                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                    started = True
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _framed(replies: AsyncGenerator[tuple[int, Any], None], form: _Form) -> AsyncGenerator[bytes, None]:
-    async with aclosing(replies):
-        async for index, outcome in replies:
-            with phase("encode"):
-                chunk = frame(form.to_protobuf(index, outcome))
-            yield chunk
-
-
-async def _as_one_json(replies: AsyncGenerator[tuple[int, Any], None], form: _Form) -> AsyncGenerator[bytes, None]:
-    async with aclosing(replies):
-        outcomes = {index: outcome async for index, outcome in replies}
-    with phase("encode"):
-        body = form.json_replies(replies=[form.to_json(index, outcomes[index]) for index in sorted(outcomes)])
-        chunk = body.model_dump_json().encode()
-    yield chunk
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _read(request: Request, form: _Form, limits: Limits) -> Any:
-    """The request's record; InvalidRequest on another content type, too many bytes or a body that is no request."""
-    read = form.from_json if _content_type(request) == JSON_TYPE else form.from_protobuf
-    return read(await _body(request, limits))
-
-
-def _content_type(request: Request) -> str:
-    """One of the two types that bodies may have."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip()
-    if content_type not in (PROTOBUF_TYPE, JSON_TYPE):
-        raise InvalidRequest(
-            f"content-type is {content_type[:80]!r}; send {PROTOBUF_TYPE} or {JSON_TYPE}", field="content-type"
-        )
-    return content_type
-
-
-async def _body(request: Request, limits: Limits) -> bytes:
-    max_body_bytes = limits.max_message_bytes
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > max_body_bytes:
-        raise too_large(declared, max_body_bytes)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > max_body_bytes:
-                    raise too_large(f"more than {max_body_bytes}", max_body_bytes)
-    except TimeoutError:
-        raise DeadlineExceeded(
-            f"{len(body)} bytes of the body came within {limits.body_timeout_s:g} s and more is to come; send it faster"
-        ) from None
-    data = bytes(body)
-    check_body(data, request.headers.get(BODY_CRC_HEADER))
-    return data
-
-
-async def _messages(request: Request) -> AsyncGenerator[bytes, None]:
-    """The messages of a body in which each stands behind its length; InvalidRequest where one is broken or cut off."""
-    reader = FrameReader()
-    try:
-        async for piece in request.stream():
-            for message in reader.feed(piece):
-                yield message
-        reader.finish()
-    except ValueError as error:
-        raise InvalidRequest(f"the body is not a stream of messages: {error}") from error
-    except ClientDisconnect as error:
-        raise InvalidRequest("the upload broke off") from error
 
 
 def _timeout_s(request: Request) -> float | None:

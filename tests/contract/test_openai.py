@@ -41,6 +41,7 @@ from teacher_server.http_app import create_app
 from teacher_server.limits import Limits
 from teacher_server.openai_routes import SCOPES_OF
 from tests.harness import LoopThread, Server, core_over, serving, start_server
+from tests.stock import trl_scores
 from tests.tiny_model import VOCAB_SIZE, byte_tokenizer
 
 ATOL = 1e-4
@@ -150,10 +151,9 @@ def test_the_openai_client_chats(run: LoopThread, client: openai.OpenAI, ours: T
 @slow
 @pytest.mark.filterwarnings("ignore:TRL currently supports vLLM versions:UserWarning")
 def test_trl_reads_our_port(run: LoopThread, openai_server: Server, ours: Teacher) -> None:
-    vllm_client = pytest.importorskip("trl.generation.vllm_client")
-    from tests.stock import trl_scores
+    from trl.generation.vllm_client import VLLMClient
 
-    answer = trl_scores(vllm_client.VLLMClient(base_url=openai_server.url("http")), [ITEM])
+    answer = trl_scores(VLLMClient(base_url=openai_server.url("http")), [ITEM])
     [result] = run(ours.score([ITEM]))
     np.testing.assert_allclose(answer["logprobs"][0], result.top_logprobs, rtol=0, atol=ATOL)
     np.testing.assert_array_equal(answer["logprob_token_ids"][0], result.top_ids)
