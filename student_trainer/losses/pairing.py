@@ -13,10 +13,10 @@ def check_same_shape(**tensors: Tensor) -> None:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, {first} has {tuple(expected.shape)}")
 
 
-def check_present(teacher_logp: Tensor, used: Tensor | None = None) -> None:
-    """Raises ValueError when a teacher log-prob is missing (NaN) where `used` (bool, default everywhere) is true."""
-    missing = teacher_logp.isnan() if used is None else teacher_logp.isnan() & used
+def check_present(logp: Tensor, used: Tensor | None = None, *, whose: str = "teacher") -> None:
+    """Raises ValueError when a log-prob is missing (NaN) where `used` (bool, default everywhere) is true."""
+    missing = logp.isnan() if used is None else logp.isnan() & used
     if missing.any():
         total = missing.numel() if used is None else int(used.sum())
         first = tuple(missing.nonzero()[0].tolist())
-        raise ValueError(f"{int(missing.sum())} of {total} teacher log-probs are missing (NaN), the first at {first}")
+        raise ValueError(f"{int(missing.sum())} of {total} {whose} log-probs are missing (NaN), the first at {first}")
