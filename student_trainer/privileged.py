@@ -5,27 +5,55 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import assert_never
 
-from protos.records import Privileged, Reference, SystemText
-from student_trainer.config import AnswerPrivileged, ReferencePrivileged, SystemPrivileged
+import numpy as np
+
+from protos.records import Privileged, PrivilegedIds, Reference, SystemText, TeacherInfo, UserPrefix, UserSuffix
+from student_trainer.config import (
+    AnswerPrivileged,
+    IdsPrivileged,
+    PrivilegedConfig,
+    ReferencePrivileged,
+    TextPrivileged,
+)
 from student_trainer.tasks import Problem
+from student_trainer.wording import fill
+
+_TEXTS = {"system": SystemText, "user_prefix": UserPrefix, "user_suffix": UserSuffix}
 
 
-def privileged_of(
-    config: SystemPrivileged | ReferencePrivileged | AnswerPrivileged,
-) -> Callable[[Problem], Privileged]:
+def privileged_of(config: PrivilegedConfig) -> Callable[[Problem], Privileged]:
     """A function from a problem to its privileged information; it raises ValueError for a problem that has none."""
     match config:
-        case SystemPrivileged():
-            return lambda problem: SystemText(config.text)
-        case ReferencePrivileged():
-            return lambda problem: Reference(_reference(problem), config.template)
+        case TextPrivileged():
+            place, text = _TEXTS[config.kind], config.text
+            assert text is not None, "TrainConfig.privileged has a text, its own or the task's"
+            return lambda problem: place(_filled(text, problem))
         case AnswerPrivileged():
             return lambda problem: Reference(problem.answer, config.template)
+        case ReferencePrivileged():
+            return lambda problem: Reference(_filled("{reference}", problem), config.template)
+        case IdsPrivileged():
+            ids = PrivilegedIds(np.asarray(config.ids, np.int32))
+            return lambda problem: ids
         case _:
             assert_never(config)
 
 
-def _reference(problem: Problem) -> str:
-    if problem.reference is None:
-        raise ValueError(f"problem {problem.id} has no reference, and the teacher's privileged information is it")
-    return problem.reference
+def refusals(config: PrivilegedConfig, info: TeacherInfo) -> list[str]:
+    """Why this teacher cannot be told that, a sentence each; none when it can."""
+    is_named = isinstance(config, AnswerPrivileged | ReferencePrivileged)
+    kind = "reference" if is_named else config.kind
+    if kind not in info.privileged_kinds:
+        takes = ", ".join(info.privileged_kinds) or "none"
+        return [f"privileged information of the kind {kind} was asked for; the teacher takes {takes}"]
+    if is_named and config.template not in info.reference_templates:
+        known = ", ".join(info.reference_templates) or "none"
+        return [f"the reference template {config.template!r} was asked for; the teacher has {known}"]
+    return []
+
+
+def _filled(text: str, problem: Problem) -> str:
+    try:
+        return fill(text, {"answer": problem.answer, "reference": problem.reference})
+    except ValueError as error:
+        raise ValueError(f"problem {problem.id}, of which the teacher is to be told more, has {error}") from None

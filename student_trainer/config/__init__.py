@@ -4,21 +4,23 @@ from student_trainer.config.base import ConfigError, Section
 from student_trainer.config.loss import LossConfig
 from student_trainer.config.model import ModelConfig, OptimConfig
 from student_trainer.config.parse import dump_config, load_config, parse_config
-from student_trainer.config.run import CheckpointConfig, EvalConfig, RolloutConfig, TrainConfig
-from student_trainer.config.stage import OpdStage, OpsdStage, SftStage, StageConfig
-from student_trainer.config.teacher import (
+from student_trainer.config.privileged import (
     AnswerPrivileged,
+    IdsPrivileged,
     PrivilegedConfig,
     ReferencePrivileged,
-    SystemPrivileged,
-    TeacherConfig,
+    TextPrivileged,
 )
+from student_trainer.config.run import CheckpointConfig, EvalConfig, RolloutConfig, TrainConfig
+from student_trainer.config.stage import OpdStage, OpsdStage, SftStage, StageConfig
+from student_trainer.config.teacher import TeacherConfig
 
 __all__ = [
     "AnswerPrivileged",
     "CheckpointConfig",
     "ConfigError",
     "EvalConfig",
+    "IdsPrivileged",
     "LossConfig",
     "ModelConfig",
     "OpdStage",
@@ -30,8 +32,8 @@ __all__ = [
     "Section",
     "SftStage",
     "StageConfig",
-    "SystemPrivileged",
     "TeacherConfig",
+    "TextPrivileged",
     "TrainConfig",
     "dump_config",
     "load_config",

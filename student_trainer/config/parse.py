@@ -46,7 +46,7 @@ def parse_config(tables: dict[str, Any]) -> TrainConfig:
 
 def dump_config(config: TrainConfig) -> str:
     """The resolved config as TOML; None is left out."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, by_alias=True))
 
 
 def _override(tables: dict[str, Any], override: str) -> None:

@@ -8,7 +8,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from student_trainer.config.base import Section
 from student_trainer.config.model import ModelConfig, OptimConfig
-from student_trainer.config.stage import StageConfig
+from student_trainer.config.privileged import PrivilegedConfig, TextPrivileged
+from student_trainer.config.stage import OpdStage, OpsdStage, StageConfig
 from student_trainer.config.teacher import TeacherConfig
 from student_trainer.tasks.config import TaskConfig
 
@@ -66,8 +67,24 @@ class TrainConfig(Section):
     rollouts_logged: Annotated[int, Field(ge=0)] = 4
     """Rollouts written to rollouts.jsonl at each step, for people to read."""
 
+    @property
+    def privileged(self) -> PrivilegedConfig | None:
+        """What the teacher is told that the student is not, with the task's text where the stage has none."""
+        told = self.stage.privileged if isinstance(self.stage, OpdStage | OpsdStage) else None
+        if isinstance(told, TextPrivileged) and told.text is None:
+            return told.model_copy(update={"text": self.task.privileged_text})
+        return told
+
     @model_validator(mode="after")
     def _teacher_where_needed(self) -> Self:
         if self.stage.kind != "sft" and self.teacher is None:
             raise ValueError(f"stage {self.stage.kind} needs a teacher: set teacher.url or pass --teacher URL")
+        return self
+
+    @model_validator(mode="after")
+    def _privileged_text_where_needed(self) -> Self:
+        if isinstance(self.privileged, TextPrivileged) and self.privileged.text is None:
+            raise ValueError(
+                "privileged information without a text: set the text of its table, or task.privileged_text"
+            )
         return self

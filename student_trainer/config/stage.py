@@ -8,7 +8,7 @@ from pydantic import Field
 
 from student_trainer.config.base import Section
 from student_trainer.config.loss import LossConfig
-from student_trainer.config.teacher import PrivilegedConfig
+from student_trainer.config.privileged import PrivilegedConfig
 
 
 class SftStage(Section):

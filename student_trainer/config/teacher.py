@@ -1,10 +1,8 @@
-"""Who scores, and what the teacher is told that the student is not."""
+"""Who scores."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import Field, PositiveFloat
+from pydantic import PositiveFloat
 
 from student_trainer.config.base import Section
 
@@ -19,30 +17,3 @@ class TeacherConfig(Section):
     """The certificate authority of a grpcs or https teacher, a PEM file; None is TEACHER_CA's, or else the system's."""
     timeout_s: PositiveFloat = 300.0
     """For scoring one step's rollouts."""
-
-
-class SystemPrivileged(Section):
-    """Privileged information: a system message."""
-
-    kind: Literal["system"]
-    text: str
-    """The message, the same for every problem: a shared rule."""
-
-
-class ReferencePrivileged(Section):
-    """Privileged information: each problem's own reference solution."""
-
-    kind: Literal["reference"]
-    template: str = "solution"
-    """One of the server's templates (see `TeacherInfo.reference_templates`)."""
-
-
-class AnswerPrivileged(Section):
-    """Privileged information: each problem's own answer, after the user's text."""
-
-    kind: Literal["answer"]
-    template: str = "answer"
-    """One of the server's templates."""
-
-
-PrivilegedConfig = Annotated[SystemPrivileged | ReferencePrivileged | AnswerPrivileged, Field(discriminator="kind")]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from protos.credentials import Tls
 from student_trainer.config import OpdStage, OpsdStage, SftStage, TrainConfig
-from student_trainer.privileged import privileged_of
+from student_trainer.privileged import privileged_of, refusals
 from student_trainer.rollout.base import SamplingParams
 from student_trainer.rollout.transformers import TransformersSampler
-from student_trainer.scoring import Scorer
+from student_trainer.scoring import Scorer, TeacherMismatch
 from student_trainer.stages.base import Stage
 from student_trainer.stages.objective import Objective
 from student_trainer.stages.opd import Opd
@@ -35,13 +35,17 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
     assert config.teacher is not None
     rollout = config.rollout
     objective = Objective(stage.loss, student.vocab_size, rollout.temperature)
+    told = privileged_of(config.privileged) if config.privileged else None
+    if told is not None:
+        for problem in task.train:  # a problem without what the teacher is to be told is found now, not at its step
+            told(problem)
     longest_prompt = max(len(render_prompt(student.tokenizer, problem.messages)) for problem in task.train)
     scorer = Scorer(
         config.teacher.url,
         temperature=rollout.temperature,
         timeout_s=config.teacher.timeout_s,
         tls=Tls(ca=config.teacher.ca) if config.teacher.ca else None,
-        privileged=privileged_of(stage.privileged) if stage.privileged else None,
+        privileged=told,
     )
     try:
         scorer.handshake(
@@ -50,6 +54,8 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
             longest_prompt + rollout.max_new_tokens,
             tokenizer=student.tokenizer,
         )
+        if config.privileged and (reasons := refusals(config.privileged, scorer.info)):
+            raise TeacherMismatch(f"teacher {config.teacher.url}: " + "; ".join(reasons))
     except BaseException:
         scorer.close()
         raise

@@ -7,12 +7,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from student_trainer.wording import Wording
+
 RewardName = Literal["exact", "multiple_choice", "number", "math"]
 """The rules of `student_trainer.rewards`."""
 
 
 class _TaskModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    privileged_text: Wording | None = None
+    """What a teacher is told of this task's problems where the stage's own `privileged` has no text; {answer} and
+    {reference} in it are replaced by each problem's own."""
 
 
 class JsonlTask(_TaskModel):
