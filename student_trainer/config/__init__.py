@@ -13,6 +13,7 @@ from student_trainer.config.teacher import (
     SystemPrivileged,
     TeacherConfig,
 )
+from student_trainer.config.tracking import TrackingConfig
 
 __all__ = [
     "AnswerPrivileged",
@@ -32,6 +33,7 @@ __all__ = [
     "StageConfig",
     "SystemPrivileged",
     "TeacherConfig",
+    "TrackingConfig",
     "TrainConfig",
     "dump_config",
     "load_config",

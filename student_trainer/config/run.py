@@ -10,6 +10,7 @@ from student_trainer.config.base import Section
 from student_trainer.config.model import ModelConfig, OptimConfig
 from student_trainer.config.stage import StageConfig
 from student_trainer.config.teacher import TeacherConfig
+from student_trainer.config.tracking import TrackingConfig
 from student_trainer.tasks.config import TaskConfig
 
 
@@ -63,6 +64,7 @@ class TrainConfig(Section):
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
     rollouts_logged: Annotated[int, Field(ge=0)] = 4
     """Rollouts written to rollouts.jsonl at each step, for people to read."""
 
