@@ -14,7 +14,7 @@ class TrackingConfig(Section):
     """Where metrics go besides the run folder, which stays the truth."""
 
     sinks: tuple[SinkName, ...] = ()
-    """Any of "tensorboard" (its files are in the run folder), "wandb", "trackio"; a resumed run goes on in the same one.
+    """Any of "tensorboard" (files in the run folder), "wandb", "trackio"; a resumed run goes on in the same place.
     What a sink itself reads from the environment holds here too: WANDB_MODE, TRACKIO_SPACE_ID and so on."""
     project: str = "opd"
     """The project's name in wandb and trackio."""

@@ -80,7 +80,7 @@ class Unfailing:
             return
         try:
             act()
-        except Exception as error:  # noqa: BLE001 - whatever a sink's library raises
+        except Exception as error:
             self._has_failed = True
             logger.warning(
                 "%s failed and gets nothing more of this run, which goes on: %s: %s",

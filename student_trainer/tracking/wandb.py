@@ -25,7 +25,7 @@ class WandbSink:
             dir=str(self._folder),
             config=dict(config),
             resume="allow",
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, console="off"),
         )
         # A step of our own as the axis: W&B's would drop the steps that are done again.
         self._run.define_metric("step", hidden=True)

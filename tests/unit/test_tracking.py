@@ -1,4 +1,4 @@
-"""The sinks for real: what is written to each is read back with its own reader, or skipped where it is not installed."""
+"""The sinks for real: what is written to each is read back with its reader, or skipped where it is not installed."""
 
 from __future__ import annotations
 
@@ -95,9 +95,10 @@ def test_a_training_run_is_shown_as_its_folder_has_it(tmp_path):
 
 
 def test_wandb_keeps_the_id_of_a_resumed_run(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = log_twice(config(tmp_path, "wandb"))
+    wandb.teardown()  # its own process, which writes the files, ends
     files = sorted((run.path / "wandb").glob("offline-run-*/run-*.wandb"))
     records = [record for file in files for record in wandb_records(file)]
     # Offline, each start has its own files; the same id makes them one run once they are synchronised.
