@@ -17,6 +17,7 @@ from student_trainer.run_folder import Row, RunFolder
 from student_trainer.stages import build_stage
 from student_trainer.student import Student, load_student
 from student_trainer.tasks import Task, build_task
+from student_trainer.tracking import follow
 
 NOTHING = -1
 """Before the evaluation that is logged as step 0."""
@@ -41,7 +42,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     run.forget_after(num_done if resumed_from else NOTHING)
     stage = build_stage(config, student, task)
     try:
-        with Progress(config, start=num_done, quiet=quiet) as progress:
+        with follow(run, config), Progress(config, start=num_done, quiet=quiet) as progress:
             if not resumed_from:
                 run.log({"step": 0, **_evaluate(student, task, config).metrics()})
             for step in range(num_done, config.steps):

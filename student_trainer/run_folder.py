@@ -3,6 +3,7 @@
 config.toml       the resolved config
 metrics.jsonl     one object a step; step 0 is the evaluation before training
 rollouts.jsonl    a few rollouts a step, for people to read
+alarms.jsonl      one object an alarm, where there was one
 checkpoints/      see `checkpoint`
 plots/*.png, report.html
 """
@@ -12,15 +13,27 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from student_trainer import checkpoint
 from student_trainer.config import ConfigError, TrainConfig, dump_config
 
 Row = dict[str, Any]
 
-MAY_CHANGE = ("teacher.", "checkpoint.", "rollouts_logged")
-"""Keys that a resumed run may change without changing its numbers: where the teacher is, and what is kept on disk."""
+MAY_CHANGE = ("teacher.", "checkpoint.", "rollouts_logged", "tracking.")
+"""Keys that a resumed run may change without changing its numbers: where the teacher is, and what is kept where."""
+
+
+class Listener(Protocol):
+    """Hears of each row of metrics.jsonl and alarms.jsonl once it is on disk."""
+
+    def log(self, row: Row) -> None:
+        """One step's metrics."""
+        ...
+
+    def alarm(self, row: Row) -> None:
+        """One alarm."""
+        ...
 
 
 class RunFolder:
@@ -35,6 +48,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self._metrics = self.path / "metrics.jsonl"
         self._rollouts = self.path / "rollouts.jsonl"
+        self._alarms = self.path / "alarms.jsonl"
+        self.listeners: list[Listener] = []
         text = dump_config(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -53,7 +68,7 @@ class RunFolder:
 
     def forget_after(self, num_steps: int) -> None:
         """Drops what was logged after `num_steps` steps, which will be done again; -1 drops step 0 too."""
-        for path in (self._metrics, self._rollouts):
+        for path in (self._metrics, self._rollouts, self._alarms):
             if path.exists():
                 rows = [row for row in read_rows(path) if row["step"] <= num_steps]
                 partial = path.with_suffix(".partial")
@@ -63,10 +78,18 @@ class RunFolder:
     def log(self, row: Row) -> None:
         """Appends one step's metrics."""
         _append(self._metrics, [row])
+        for listener in self.listeners:
+            listener.log(row)
 
     def log_rollouts(self, rows: list[Row]) -> None:
         """Appends a step's sampled rollouts."""
         _append(self._rollouts, rows)
+
+    def log_alarm(self, row: Row) -> None:
+        """Appends one alarm: `step`, `signal`, `value`, `threshold`, `side`, `action`, `num_steps`, `sentence`."""
+        _append(self._alarms, [row])
+        for listener in self.listeners:
+            listener.alarm(row)
 
     def metrics(self) -> list[Row]:
         """Every step's metrics so far."""

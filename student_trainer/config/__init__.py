@@ -14,6 +14,7 @@ from student_trainer.config.privileged import (
 from student_trainer.config.run import CheckpointConfig, EvalConfig, RolloutConfig, TrainConfig
 from student_trainer.config.stage import OpdStage, OpsdStage, SftStage, StageConfig
 from student_trainer.config.teacher import TeacherConfig
+from student_trainer.config.tracking import TrackingConfig
 
 __all__ = [
     "AnswerPrivileged",
@@ -34,6 +35,7 @@ __all__ = [
     "StageConfig",
     "TeacherConfig",
     "TextPrivileged",
+    "TrackingConfig",
     "TrainConfig",
     "dump_config",
     "load_config",

@@ -11,6 +11,7 @@ from student_trainer.config.model import ModelConfig, OptimConfig
 from student_trainer.config.privileged import PrivilegedConfig, TextPrivileged
 from student_trainer.config.stage import OpdStage, OpsdStage, StageConfig
 from student_trainer.config.teacher import TeacherConfig
+from student_trainer.config.tracking import TrackingConfig
 from student_trainer.tasks.config import TaskConfig
 
 
@@ -64,6 +65,7 @@ class TrainConfig(Section):
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
     rollouts_logged: Annotated[int, Field(ge=0)] = 4
     """Rollouts written to rollouts.jsonl at each step, for people to read."""
 
