@@ -1,5 +1,8 @@
 """trackio: a local database, or the Space or server that its environment variables name."""
 
+# The package is optional, and its names are unknown where it is not installed.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import sys

@@ -1,5 +1,8 @@
 """Weights & Biases, online or offline as WANDB_MODE says."""
 
+# The package is optional, and its names are unknown where it is not installed.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,5 +1,8 @@
 """The sinks for real: what is written to each is read back with its reader, or skipped where it is not installed."""
 
+# The package is optional, and its names are unknown where it is not installed.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import json
