@@ -22,6 +22,11 @@ class RolloutConfig(Section):
     """Of rollouts and of both models' log-probs in the loss."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Below 1 the rollouts leave the student's own distribution and the loss is no longer exactly on-policy."""
+    url: str | None = None
+    """A teacher server of the student's own model that writes the rollouts, with weights pushed to it before each step;
+    TEACHER_TOKEN needs the scope admin there. None writes them in this process."""
+    timeout_s: PositiveFloat = 300.0
+    """For one push of weights to `url`, and for one step's rollouts from there."""
 
 
 class EvalConfig(Section):

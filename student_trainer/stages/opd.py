@@ -74,8 +74,9 @@ class Opd:
         return self._objective.watch(logits_BTV, batch)
 
     def close(self) -> None:
-        """Closes the connection to the teacher."""
+        """Closes the connections to the teacher and to a remote sampler."""
         self._scorer.close()
+        self._sampler.close()
 
     def _describe(self, batch: Batch, rollouts: Sequence[Rollout]) -> Metrics:
         lengths = monitor.lengths(batch.mask_BT, torch.tensor([rollout.is_finished for rollout in rollouts]))
