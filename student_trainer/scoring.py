@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Self
 
@@ -113,9 +114,13 @@ class Scorer:
         Raises:
             TeacherError: any item failed.
         """
+        return self.start(rollouts, wanted).result()
+
+    def start(self, rollouts: Sequence[Rollout], wanted: Wanted) -> Future[list[ScoreResult]]:
+        """`score`, begun in the client's thread while the caller goes on."""
         items = [self._item(rollout, wanted) for rollout in rollouts]
         limit = self.info.max_items
-        return self._client.wait(self._score([items[i : i + limit] for i in range(0, len(items), limit)]))
+        return self._client.start(self._score([items[i : i + limit] for i in range(0, len(items), limit)]))
 
     def close(self) -> None:
         """Closes the connection and its thread."""

@@ -66,7 +66,18 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
     except BaseException:
         scorer.close()
         raise
-    return Opd(task, sampler, sampling, scorer, objective, problems_per_step=config.problems_per_step, seed=config.seed)
+    return Opd(
+        task,
+        sampler,
+        sampling,
+        scorer,
+        objective,
+        problems_per_step=config.problems_per_step,
+        seed=config.seed,
+        num_steps=config.steps,
+        checkpoint_every=config.checkpoint.every_steps,
+        max_staleness=rollout.max_staleness,
+    )
 
 
 def build_sampler(config: RolloutConfig, student: Student, longest_prompt: int) -> Sampler:
