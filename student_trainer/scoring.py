@@ -1,25 +1,20 @@
-"""From rollouts to a teacher and back: the handshake, the request, and arrays aligned with the rollouts.
-
-The teacher's client is asynchronous and the training loop is not; the one event loop that joins them lives here.
-"""
+"""From rollouts to a teacher and back: the handshake, the request, and arrays aligned with the rollouts."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Self
 
-from protos.client import Teacher, connect
 from protos.credentials import Tls
 from protos.fingerprint import UNKNOWN, SpellingVocabulary, differences, spelling_differences
-from protos.records import Chat, Privileged, ScoreItem, ScoreResult, TeacherInfo, TokenizerFingerprint
+from protos.records import Chat, Privileged, ScoreItem, ScoreResult, TokenizerFingerprint
 from protos.service import Detokenizer
+from student_trainer.client_thread import ClientThread
 from student_trainer.rollout.base import Rollout
 from student_trainer.tasks import Problem
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,14 +64,8 @@ class Scorer:
         self._temperature = temperature
         self._timeout_s = timeout_s
         self._privileged = privileged
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-client", daemon=True)
-        self._thread.start()
-        try:
-            self._teacher, self.info = self._wait(_connected(url, tls))
-        except BaseException:
-            self._stop()
-            raise
+        self._client = ClientThread(url, tls)
+        self.info = self._client.info
 
     def handshake(
         self,
@@ -95,8 +84,8 @@ class Scorer:
             TeacherMismatch: tokenizers differ, K or context is too small, or a temperature is not exact there.
         """
         info = self.info
-        if info.tokenizer == UNKNOWN and isinstance(self._teacher, Detokenizer):
-            problems = self._wait(spelling_differences(self._teacher, tokenizer))
+        if info.tokenizer == UNKNOWN and isinstance(self._client.teacher, Detokenizer):
+            problems = self._client.wait(spelling_differences(self._client.teacher, tokenizer))
         else:
             problems = differences(info.tokenizer, student)
         is_whole = wanted.teacher_top_k == student.vocab_size
@@ -125,16 +114,17 @@ class Scorer:
         Raises:
             TeacherError: any item failed.
         """
+        return self.start(rollouts, wanted).result()
+
+    def start(self, rollouts: Sequence[Rollout], wanted: Wanted) -> Future[list[ScoreResult]]:
+        """`score`, begun in the client's thread while the caller goes on."""
         items = [self._item(rollout, wanted) for rollout in rollouts]
         limit = self.info.max_items
-        return self._wait(self._score([items[i : i + limit] for i in range(0, len(items), limit)]))
+        return self._client.start(self._score([items[i : i + limit] for i in range(0, len(items), limit)]))
 
     def close(self) -> None:
         """Closes the connection and its thread."""
-        try:
-            self._wait(self._teacher.aclose())
-        finally:
-            self._stop()
+        self._client.close()
 
     def __enter__(self) -> Self:
         return self
@@ -142,13 +132,8 @@ class Scorer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
     async def _score(self, requests: Sequence[Sequence[ScoreItem]]) -> list[ScoreResult]:
-        replies = await asyncio.gather(*(self._teacher.score(r, timeout_s=self._timeout_s) for r in requests))
+        replies = await asyncio.gather(*(self._client.teacher.score(r, timeout_s=self._timeout_s) for r in requests))
         return [result for results in replies for result in results]
 
     def _item(self, rollout: Rollout, wanted: Wanted) -> ScoreItem:
@@ -162,16 +147,3 @@ class Scorer:
             candidate_ids=rollout.top_ids[:, : wanted.student_top_k] if wanted.student_top_k else None,
             privileged=privileged,
         )
-
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-
-async def _connected(url: str, tls: Tls | None) -> tuple[Teacher, TeacherInfo]:
-    """`connect` inside the loop that will use it, whose sockets belong to it; closed again where nobody answers."""
-    teacher = connect(url, tls=tls)
-    try:
-        return teacher, await teacher.info()
-    except BaseException:
-        await teacher.aclose()
-        raise

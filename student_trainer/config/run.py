@@ -24,6 +24,14 @@ class RolloutConfig(Section):
     """Of rollouts and of both models' log-probs in the loss."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Below 1 the rollouts leave the student's own distribution and the loss is no longer exactly on-policy."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps between the weights that wrote a rollout and those that learn from it, at most. 0 is on-policy;
+    from 1 on, rollouts are scored while the step before is learnt, and stale ones are weighted."""
+    url: str | None = None
+    """A teacher server of the student's own model that writes the rollouts, with weights pushed to it before each step;
+    TEACHER_TOKEN needs the scope admin there. None writes them in this process."""
+    timeout_s: PositiveFloat = 300.0
+    """For one push of weights to `url`, and for one step's rollouts from there."""
 
 
 class EvalConfig(Section):

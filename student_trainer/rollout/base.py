@@ -63,3 +63,7 @@ class Sampler(Protocol):
                 completion, whatever else is in the batch.
         """
         ...
+
+    def close(self) -> None:
+        """Frees what the sampler opened."""
+        ...

@@ -46,6 +46,9 @@ class TransformersSampler:
             for owner, ids, logp, top in zip(owners, ids_BT.numpy(), logp_BT.numpy(), top_BTK.numpy(), strict=True)
         ]
 
+    def close(self) -> None:
+        """Nothing to free."""
+
     def _decode(
         self, prompts: Sequence[np.ndarray], params: SamplingParams, uniform_BT2: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

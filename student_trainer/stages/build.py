@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from protos.credentials import Tls
-from student_trainer.config import OpdStage, OpsdStage, SftStage, TrainConfig
+from student_trainer.config import OpdStage, OpsdStage, RolloutConfig, SftStage, TrainConfig
 from student_trainer.privileged import privileged_of, refusals
-from student_trainer.rollout.base import SamplingParams
+from student_trainer.rollout.base import Sampler, SamplingParams
+from student_trainer.rollout.remote import RemoteSampler
 from student_trainer.rollout.transformers import TransformersSampler
 from student_trainer.scoring import Scorer, TeacherMismatch
 from student_trainer.stages.base import Stage
@@ -66,5 +67,36 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
         num_samples=rollout.samples_per_problem,
         top_ids=objective.wanted.student_top_k,
     )
-    sampler = TransformersSampler(student.model, student.tokenizer, eos_token_ids=student.eos_token_ids)
-    return Opd(task, sampler, sampling, scorer, objective, problems_per_step=config.problems_per_step, seed=config.seed)
+    try:
+        sampler = build_sampler(rollout, student, longest_prompt)
+    except BaseException:
+        scorer.close()
+        raise
+    return Opd(
+        task,
+        sampler,
+        sampling,
+        scorer,
+        objective,
+        problems_per_step=config.problems_per_step,
+        seed=config.seed,
+        num_steps=config.steps,
+        checkpoint_every=config.checkpoint.every_steps,
+        max_staleness=rollout.max_staleness,
+    )
+
+
+def build_sampler(config: RolloutConfig, student: Student, longest_prompt: int) -> Sampler:
+    """In this process, or from the server at `config.url`; `longest_prompt` in tokens.
+
+    Raises:
+        TeacherMismatch, TeacherError: that server does not fit, or cannot be reached.
+    """
+    if config.url is None:
+        return TransformersSampler(student.model, student.tokenizer, eos_token_ids=student.eos_token_ids)
+    return RemoteSampler(
+        config.url,
+        student,
+        max_context_tokens=longest_prompt + config.max_new_tokens,
+        timeout_s=config.timeout_s,
+    )

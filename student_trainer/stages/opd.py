@@ -8,18 +8,63 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 
 from protos.records import ScoreResult
-from student_trainer import monitor
+from student_trainer import losses, monitor
 from student_trainer.collate import Batch, collate
+from student_trainer.pipeline import Pipeline
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
 from student_trainer.scoring import Scorer
 from student_trainer.seeds import pick, rollout_seeds
 from student_trainer.stages.base import Collected, Metrics
 from student_trainer.stages.objective import Objective
 from student_trainer.tasks import Task
+
+MAX_WEIGHT = 2.0
+"""Of a stale token: no token counts more than twice, whatever the weights' moves since multiply up to."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """One step's rollouts and scores; seconds of writing, of scoring, and of waiting for the scores."""
+
+    rollouts: Sequence[Rollout]
+    results: Sequence[ScoreResult]
+    rollout_s: float
+    score_s: float
+    waited_s: float
+
+
+class _Scoring:
+    """Rollouts whose scores are on their way since `started` (of `time.perf_counter`)."""
+
+    def __init__(
+        self, rollouts: Sequence[Rollout], rollout_s: float, scores: Future[list[ScoreResult]], started: float
+    ) -> None:
+        self._rollouts = rollouts
+        self._rollout_s = rollout_s
+        self._scores = scores
+        self._started = self._ended = started
+        scores.add_done_callback(self._note_end)
+
+    def result(self) -> Written:
+        """Waits for the scores; raises what scoring raised."""
+        asked = time.perf_counter()
+        results = self._scores.result()
+        got = time.perf_counter()
+        score_s = max(self._ended, self._started) - self._started or got - self._started
+        return Written(self._rollouts, results, self._rollout_s, score_s, got - asked)
+
+    def cancel(self) -> None:
+        """Gives the scores up."""
+        self._scores.cancel()
+
+    def _note_end(self, _: object) -> None:
+        self._ended = time.perf_counter()
 
 
 class Opd:
@@ -35,6 +80,9 @@ class Opd:
         *,
         problems_per_step: int,
         seed: int,
+        num_steps: int,
+        checkpoint_every: int,
+        max_staleness: int = 0,
     ) -> None:
         self._task = task
         self._sampler = sampler
@@ -43,39 +91,47 @@ class Opd:
         self._objective = objective
         self._problems_per_step = problems_per_step
         self._seed = seed
+        self._max_staleness = max_staleness
+        self._pipeline = Pipeline(
+            self._begin, max_staleness=max_staleness, num_steps=num_steps, checkpoint_every=checkpoint_every
+        )
 
     def collect(self, step: int) -> Collected:
         """Step s's rollouts and the teacher's scores of them."""
-        problems = pick(self._task.train, self._problems_per_step, step, self._seed)
-        started = time.perf_counter()
-        seeds = rollout_seeds(self._seed, step, self._problems_per_step)
-        rollouts = self._sampler.sample(problems, self._sampling, seeds=seeds)
-        sampled = time.perf_counter()
-        results = self._scorer.score(rollouts, self._objective.wanted)
-        scored = time.perf_counter()
-        batch = collate_scored(rollouts, results)
-        return Collected(
-            batch,
-            rollouts,
-            {
-                **self._describe(batch, rollouts),
-                "rollout_s": sampled - started,
-                "score_s": scored - sampled,
-                "scored_tokens_per_s": batch.num_tokens / (scored - sampled),
-            },
-        )
+        written, staleness = self._pipeline.collect(step)
+        batch = collate_scored(written.rollouts, written.results)
+        metrics = {"rollout_s": written.rollout_s, "score_s": written.waited_s, "staleness": float(staleness)}
+        metrics["scored_tokens_per_s"] = batch.num_tokens / written.score_s
+        return Collected(batch, written.rollouts, self._describe(batch, written.rollouts) | metrics)
 
     def loss(self, logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """See `Objective.loss`."""
-        return self._objective.loss(logits_BTV, batch)
+        """See `Objective.loss`; weighted by `prefix_weights` where rollouts may be stale."""
+        loss_BT = self._objective.loss(logits_BTV, batch)
+        if self._max_staleness == 0:
+            return loss_BT
+        assert batch.sampled_logp_BT is not None
+        logp_BTV = losses.log_probs(logits_BTV.detach(), self._sampling.temperature)
+        logp_BT = logp_BTV.gather(-1, batch.completion_ids_BT[..., None])[..., 0]
+        return prefix_weights(logp_BT, batch.sampled_logp_BT, batch.mask_BT) * loss_BT
 
     def watch(self, logits_BTV: torch.Tensor, batch: Batch) -> Metrics:
         """See `Objective.watch`."""
         return self._objective.watch(logits_BTV, batch)
 
     def close(self) -> None:
-        """Closes the connection to the teacher."""
+        """Closes the connections to the teacher and to a remote sampler."""
+        self._pipeline.close()
         self._scorer.close()
+        self._sampler.close()
+
+    def _begin(self, step: int) -> _Scoring:
+        """Writes step s's rollouts with the weights of now, and has them scored while the caller goes on."""
+        problems = pick(self._task.train, self._problems_per_step, step, self._seed)
+        started = time.perf_counter()
+        seeds = rollout_seeds(self._seed, step, self._problems_per_step)
+        rollouts = self._sampler.sample(problems, self._sampling, seeds=seeds)
+        sampled = time.perf_counter()
+        return _Scoring(rollouts, sampled - started, self._scorer.start(rollouts, self._objective.wanted), sampled)
 
     def _describe(self, batch: Batch, rollouts: Sequence[Rollout]) -> Metrics:
         lengths = monitor.lengths(batch.mask_BT, torch.tensor([rollout.is_finished for rollout in rollouts]))
@@ -88,6 +144,21 @@ class Opd:
             "hedge_frequency": monitor.hedge_frequency([rollout.text for rollout in rollouts], batch.num_tokens),
             "repeat_ratio": monitor.repeat_ratio([rollout.completion_ids.tolist() for rollout in rollouts]),
         }
+
+
+def prefix_weights(logp_BT: torch.Tensor, behaviour_logp_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """w_t = min(prod_{i<t} p(y_i) / mu(y_i), MAX_WEIGHT), [B, T], a constant; 1 at every first token and on padding.
+
+    A distillation loss at position t is a function of the prefix y_<t, which was drawn from mu, the weights that wrote
+    the rollout; the product is the prefix's importance weight (per-decision importance sampling: Precup et al. 2000,
+    "Eligibility Traces for Off-Policy Policy Evaluation", section 3), so that E_mu[w_t L_t] = E_p[L_t] before the
+    truncation, which trades bias for variance as in V-trace (Espeholt et al. 2018, arXiv:1802.01561, section 4.1). The
+    ratio of token t itself would change nothing in expectation: L_t already sums over that token. That data may lag
+    behind by a bounded number of steps is AReaL's (Fu et al. 2025, arXiv:2505.24298).
+    """
+    log_ratio_BT = torch.where(mask_BT, logp_BT.detach() - behaviour_logp_BT, 0.0)
+    before_BT = log_ratio_BT.cumsum(-1) - log_ratio_BT
+    return torch.where(mask_BT, before_BT.exp().clamp_max(MAX_WEIGHT), 1.0)
 
 
 def collate_scored(rollouts: Sequence[Rollout], results: Sequence[ScoreResult]) -> Batch:

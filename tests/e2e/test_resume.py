@@ -95,9 +95,10 @@ def outcome(config: Path):
     return rows, read_rows(run / "rollouts.jsonl"), load_file(last / "model.safetensors")
 
 
-def assert_resumes_bit_for_bit(unbroken: Path, broken: Path) -> None:
+def assert_resumes_bit_for_bit(unbroken: Path, broken: Path, killed_after: tuple[int, ...] = (1, 5)) -> None:
+    """By default killed before the first checkpoint, and between the first and the second."""
     finish(unbroken)
-    for step in (1, 5):  # before the first checkpoint, and between the first and the second
+    for step in killed_after:
         kill_after_step(broken, step)
     finish(broken)
     rows, rollouts, weights = outcome(unbroken)
@@ -122,3 +123,12 @@ def test_opd_resumes_bit_for_bit_over_the_network(tmp_path, model, teacher):
         for name in ("unbroken", "broken")
     )
     assert_resumes_bit_for_bit(unbroken, broken)
+
+
+def test_opd_with_rollouts_ahead_resumes_bit_for_bit(tmp_path, model, teacher):
+    """Every step but the first after a checkpoint learns from rollouts of the weights one step before."""
+    tables = {"teacher": {"url": teacher["grpc_url"]}, "rollout": {"max_new_tokens": 12, "max_staleness": 1}}
+    unbroken, broken = (write_config(tmp_path / name, model, {"kind": "opd"}, **tables) for name in ("a", "b"))
+    assert_resumes_bit_for_bit(unbroken, broken, killed_after=(5,))
+    rows = read_rows(unbroken.parent / "run" / "metrics.jsonl")
+    assert [row["staleness"] for row in rows[1:]] == [0, 1, 1] * 4

@@ -1,0 +1,71 @@
+"""A teacher for a synchronous caller: its asynchronous client, and the one event loop that runs it, in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from protos.client import Teacher, connect
+from protos.credentials import Tls
+from protos.records import TeacherInfo
+
+T = TypeVar("T")
+
+
+class ClientThread:
+    """A connection to one teacher.
+
+    Args:
+        url: as `protos.client.connect` takes it.
+        tls: the files of a grpcs or https teacher; None for the defaults of `connect`.
+
+    Attributes:
+        teacher: the client; its coroutines run through `wait` and `start`.
+        info: what the teacher said of itself.
+
+    Raises:
+        TeacherError: the teacher could not be asked; nothing is left behind.
+    """
+
+    def __init__(self, url: str, tls: Tls | None = None) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-client", daemon=True)
+        self._thread.start()
+        try:
+            self.teacher, self.info = self.wait(_connected(url, tls))
+        except BaseException:
+            self._stop()
+            raise
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`; its exceptions are raised here."""
+        return self.start(work).result()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Begins `work` and returns at once."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self) -> None:
+        """Closes the connection and ends the thread."""
+        try:
+            self.wait(self.teacher.aclose())
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _connected(url: str, tls: Tls | None) -> tuple[Teacher, TeacherInfo]:
+    """`connect` inside the loop that will use it, whose sockets belong to it; closed again where nobody answers."""
+    teacher = connect(url, tls=tls)
+    try:
+        return teacher, await teacher.info()
+    except BaseException:
+        await teacher.aclose()
+        raise

@@ -1,0 +1,94 @@
+"""The student's weights on their way into a teacher server, which then answers as the student of that step does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from safetensors.torch import save
+from transformers import PreTrainedModel
+
+from protos.errors import Conflict, InvalidRequest, PermissionDenied, TeacherError
+from protos.records import WeightsUpdate
+from protos.wire import MAX_CHUNK_BYTES
+from student_trainer.client_thread import ClientThread
+
+RETRY_WAITS_S = (0.5, 2.0, 8.0)
+"""Between attempts that failed for a reason which may pass."""
+
+
+class WeightsSync:
+    """Pushes a model's weights to the server behind `client`.
+
+    Versions only rise on a server, and a resumed run steps through optimiser steps that its killed self has pushed
+    already; so versions are counted on the server, from the one it serves, and never taken from the step.
+
+    Args:
+        client: a connection whose token has the scope `admin`.
+        teacher: the served name; "" is the server's first.
+        timeout_s: for one attempt, in seconds.
+
+    Attributes:
+        version: of the last weights pushed, or of those the server had at the start.
+    """
+
+    def __init__(self, client: ClientThread, *, teacher: str = "", timeout_s: float) -> None:
+        self._client = client
+        self._teacher = teacher or client.info.teachers[0]
+        served = {one.name: one.weights_version for one in client.info.served}
+        self.version = served.get(self._teacher, client.info.weights_version)
+        self._timeout_s = timeout_s
+
+    def push(self, model: PreTrainedModel, *, ema_decay: float | None = None) -> int:
+        """Sends the model's weights and returns their version, once later requests are answered by them.
+
+        Args:
+            ema_decay: as in `WeightsUpdate`; None replaces the weights.
+
+        Raises:
+            PermissionDenied: the token has no admin scope.
+            InvalidRequest: the server's model is another.
+            TeacherError: the server refused the weights, or could not be reached in `len(RETRY_WAITS_S)` retries.
+        """
+        self.version = self._client.wait(self._push(state_bytes(model), ema_decay))
+        return self.version
+
+    async def _push(self, weights: bytes, ema_decay: float | None) -> int:
+        update = WeightsUpdate(self._teacher, self.version + 1, ema_decay=ema_decay)
+        for wait_s in (*RETRY_WAITS_S, None):
+            try:
+                served = await self._client.teacher.update_weights(update, _chunks(weights), timeout_s=self._timeout_s)
+            except PermissionDenied as error:
+                raise PermissionDenied(
+                    f"{self._client.teacher.url} must take the student's weights, and TEACHER_TOKEN has no admin scope "
+                    f"there ({error}): start the server with --tokens and give the trainer a token with that scope"
+                ) from error
+            except InvalidRequest as error:
+                raise InvalidRequest(
+                    f"{self._client.teacher.url} serves {self._client.info.model}, which the student's weights do not "
+                    f"fit ({error}): serve the student's own model there"
+                ) from error
+            except Conflict:
+                # An attempt whose reply was lost may have gone through: then the version is the one sent.
+                info = await self._client.teacher.info()
+                if {one.name: one.weights_version for one in info.served}.get(self._teacher) != update.version:
+                    raise
+                return update.version
+            except TeacherError as error:
+                if wait_s is None or not error.row.retryable:
+                    raise
+                await asyncio.sleep(wait_s)
+            else:
+                return served.weights_version
+        raise AssertionError("the last attempt returns or raises")
+
+
+def state_bytes(model: PreTrainedModel) -> bytes:
+    """The model's weights as one safetensors file, on the CPU; tensors that the model ties to others are left out."""
+    tied = model.all_tied_weights_keys.keys()
+    return save({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items() if name not in tied})
+
+
+async def _chunks(weights: bytes) -> AsyncGenerator[bytes, None]:
+    for start in range(0, len(weights), MAX_CHUNK_BYTES):
+        yield weights[start : start + MAX_CHUNK_BYTES]
