@@ -224,7 +224,9 @@ def create_app(
 
 
 class _Guard:
-    """ASGI middleware: lets a request through with its Caller, or refuses it before its body is read."""
+    """ASGI middleware: lets a request through with its Caller and the name it is charged to, or refuses it before its
+    body is read.
+    """
 
     def __init__(self, app: ASGIApp, access: auth.Access) -> None:
         self._app = app
@@ -235,7 +237,10 @@ class _Guard:
         if scope["path"] not in LIVENESS_PATHS:
             request = Request(scope)
             try:
-                request.state.caller = self._access.caller(request.headers.getlist(AUTHORIZATION))
+                caller = self._access.caller(request.headers.getlist(AUTHORIZATION))
+                address = request.client.host if request.client else ""
+                request.state.caller = caller
+                request.state.client = caller.client(",".join(request.headers.getlist(CLIENT_HEADER)), address)
             except TeacherError as error:
                 answer = _error_response(request, error)
         await answer(scope, receive, send)
@@ -245,8 +250,7 @@ def _client(request: Request, scope: str) -> str:
     """The name of the caller, which has this scope."""
     caller: auth.Caller = request.state.caller
     caller.require(scope)
-    address = request.client.host if request.client else ""
-    return caller.client(",".join(request.headers.getlist(CLIENT_HEADER)), address)
+    return request.state.client
 
 
 def _timeout_s(request: Request) -> float | None:

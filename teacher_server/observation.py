@@ -63,7 +63,8 @@ class Observation:
     """One request.
 
     Attributes:
-        operation: "score" or "generate"; "" for what is not counted.
+        operation: "score", "generate", or a stock client's "openai_completions" or "openai_chat"; "" for what is not
+            counted.
         client: whose share of the queue it is charged to.
         request_id: the caller's, where it is printable and short, else a new one.
         trace_headers: the caller's headers named in TRACE_HEADERS.

@@ -18,6 +18,8 @@ from teacher_server.observation import Observation, Observe, begin
 _HTTP_OPERATIONS = {
     (SCORE.http_method, SCORE.http_path): "score",
     (GENERATE.http_method, GENERATE.http_path): "generate",
+    ("POST", "/v1/completions"): "openai_completions",
+    ("POST", "/v1/chat/completions"): "openai_chat",
 }
 _GRPC_OPERATIONS = {
     f"/{GRPC_SERVICE}/{SCORE.grpc_method}": "score",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from protos.credentials import is_loopback
 from protos.errors import TeacherError
@@ -30,6 +30,7 @@ from teacher_server.gate import Gate
 from teacher_server.limits import Limits
 from teacher_server.listeners import Listeners
 from teacher_server.metrics import Metrics
+from teacher_server.openai_admission import AdmittedOpenAI
 from teacher_server.teachers import Teachers
 from teacher_server.tls import ServerTls
 from teacher_server.tokenizer import ChatTokenizer
@@ -101,7 +102,7 @@ async def _serve(config: ServeConfig) -> int:
     try:
         if stop.is_set():
             return 0
-        openai = await _openai_app(engine, config.name, teachers) if config.openai else None
+        openai = await _openai_app(config, engine, admission, teachers) if config.openai else None
         can_change = any(ADMIN in token.scopes for token in access.tokens)
         async with _adapters_served(config, engine, teachers, core.dead.set, can_change=can_change) as admin:
             return await serve_core(core, gate, listeners, stop, config, openai, admin)
@@ -207,8 +208,6 @@ async def _load_engine(config: ServeConfig) -> WeightsEngine:
             kv_cache_gib=config.kv_cache_gib,
             max_adapters=config.adapter_slots,
             max_lora_rank=config.max_lora_rank,
-            # Stock clients do not queue here: vLLM refuses them once this much waits in the engine.
-            engine_args={"max_num_queued_tokens": config.max_tokens_in_flight + config.max_queued_tokens},
         )
     import torch
 
@@ -224,9 +223,13 @@ async def _load_engine(config: ServeConfig) -> WeightsEngine:
     )
 
 
-async def _openai_app(engine: WeightsEngine, base: str, teachers: Teachers) -> ASGIApp | None:
-    """The engine's own application for stock clients, where it has one: it serves the base model by this name, and each
-    answer from one version of its weights.
+async def _openai_app(
+    config: ServeConfig, engine: WeightsEngine, admission: Admission, teachers: Teachers
+) -> ASGIApp | None:
+    """The engine's own application for stock clients, where it has one, behind the queue that everyone waits in.
+
+    Raises:
+        StartError: vLLM cannot build it for this model.
     """
     if engine.info.engine != "vllm":
         return None
@@ -234,17 +237,14 @@ async def _openai_app(engine: WeightsEngine, base: str, teachers: Teachers) -> A
 
     assert isinstance(engine, VllmEngine)
     try:
-        app = await engine.openai_app((base,))
+        app = await engine.openai_app((config.name,))
     except Exception as error:
-        # vLLM renders chats of its own while it builds the application, which not every tokenizer and template takes.
-        _log.warning("stock clients are not served", reason=f"{type(error).__name__}: {error}")
-        return None
+        raise StartError(
+            f"vLLM cannot answer stock clients with {config.model} ({type(error).__name__}: {error}); serve without "
+            "them: --no-openai"
+        ) from error
 
-    async def unchanged_meanwhile(scope: Scope, receive: Receive, send: Send) -> None:
-        async with teachers.use(base):
-            await app(scope, receive, send)
-
-    return unchanged_meanwhile
+    return AdmittedOpenAI(app, admission, teachers, config.name, max_tokens=config.max_tokens_in_flight)
 
 
 def _tls(config: ServeConfig) -> ServerTls | None:

@@ -1,15 +1,19 @@
 """vLLM's own OpenAI application over our engine: the routes that stock clients use, and none that administer it.
 
-What it relies on in vLLM 0.32.0: `init_app_state` fills an application's state from an `AsyncLLM` and the defaults of
-`vllm serve`; each router reads that state. `build_app` is not used, because it adds every router there is.
+What it relies on in vLLM 0.32.0: `init_app_state` and `init_generate_state` fill an application's state from an
+`AsyncLLM` and the defaults of `vllm serve`; each router reads that state. `build_app` is not used, because it adds
+every router there is. The two are called apart, since `init_app_state` with the task "generate" also prepares vLLM's
+structured decisions, a route that is not served here, by encoding a chat of its own ("x"): it raises for a tokenizer
+that has neither UNK nor that letter.
 """
 
 from __future__ import annotations
 
 from fastapi import Depends, FastAPI, Request
 from starlette.types import ASGIApp
+from vllm.entrypoints.generate.api_router import init_generate_state
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, resolve_default_chat_template_kwargs
 from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.openai.models import api_router as models
@@ -33,7 +37,8 @@ async def openai_app(llm: AsyncLLM, names: tuple[str, ...]) -> ASGIApp:
     init_exception_handler(app)
     for router in (models.router, completion.router, chat.router, tokenize.router):
         app.include_router(router, dependencies=[Depends(_refuse_what_reaches_the_worker)])
-    await init_app_state(llm, app.state, args, ("generate",))
+    await init_app_state(llm, app.state, args, ())
+    await init_generate_state(llm, app.state, args, None, ("generate",), resolve_default_chat_template_kwargs(args))
     return app
 
 

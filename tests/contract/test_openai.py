@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from protos.client import Teacher, connect
@@ -21,6 +23,7 @@ from protos.errors import (
     DeadlineExceeded,
     InvalidRequest,
     NotReady,
+    Overloaded,
     TeacherError,
     UnknownTeacher,
 )
@@ -35,12 +38,17 @@ from protos.records import (
     SystemText,
 )
 from student_trainer.scoring import Scorer, TeacherMismatch, Wanted
+from student_trainer.study.toy import build_toy_model
+from teacher_server.admission import Admission, Ticket
 from teacher_server.engines.base import Engine
 from teacher_server.gate import Gate
 from teacher_server.http_app import create_app
 from teacher_server.limits import Limits
+from teacher_server.metrics import Metrics
+from teacher_server.openai_admission import AdmittedOpenAI, num_tokens
 from teacher_server.openai_routes import SCOPES_OF
-from tests.harness import LoopThread, Server, core_over, serving, start_server
+from teacher_server.teachers import Teachers
+from tests.harness import LoopThread, Server, core_over, serving, start_server, until
 from tests.stock import trl_scores
 from tests.tiny_model import VOCAB_SIZE, byte_tokenizer
 
@@ -50,6 +58,7 @@ ATOL = 1e-4
 PROMPT = np.array([72, 105, 33, 10], np.int32)
 COMPLETION = np.random.default_rng(0).integers(0, VOCAB_SIZE, 40).astype(np.int32)
 ITEM = ScoreItem(PROMPT, COMPLETION, top_k=20)
+BUDGET = 2**13
 CHAT = Chat((Message("user", "2+2?"),))
 
 slow = pytest.mark.slow
@@ -76,13 +85,26 @@ def recorder(run: LoopThread, vllm_engine: Engine) -> Recorder:
 
 
 @pytest.fixture(scope="module")
-def openai_server(run: LoopThread, vllm_engine: Engine, tiny_model: Path, recorder: Recorder) -> Iterator[Server]:
-    """A server over vLLM that answers stock clients too."""
+def admission() -> Admission:
+    return Admission(BUDGET, BUDGET)
+
+
+@pytest.fixture(scope="module")
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture(scope="module")
+def openai_server(
+    run: LoopThread, vllm_engine: Engine, tiny_model: Path, recorder: Recorder, admission: Admission, metrics: Metrics
+) -> Iterator[Server]:
+    """A server over vLLM that answers stock clients too, in one queue with all others."""
 
     async def start() -> Server:
-        core = core_over(vllm_engine, tiny_model)
-        server = await start_server(core)
-        server.gate.open(core, recorder)
+        teachers = Teachers(("base", "same"))
+        core = core_over(vllm_engine, tiny_model, admission=admission, teachers=teachers)
+        server = await start_server(core, metrics)
+        server.gate.open(core, AdmittedOpenAI(recorder, admission, teachers, "base", max_tokens=BUDGET))
         return server
 
     server = run(start())
@@ -160,6 +182,31 @@ def test_trl_reads_our_port(run: LoopThread, openai_server: Server, ours: Teache
 
 
 @slow
+def test_a_tokenizer_without_an_unknown_token_has_its_stock_routes(run: LoopThread, tmp_path: Path) -> None:
+    """vLLM encodes a letter that the toy world does not have while it prepares a route that is not served here."""
+    from teacher_server.engines.vllm import VllmEngine
+
+    model = build_toy_model(tmp_path / "toy", hidden_size=64, num_layers=1)
+
+    async def scenario() -> list[httpx.Response]:
+        engine = await VllmEngine.create(str(model), dtype="float32", kv_cache_gib=0.1)
+        try:
+            transport = httpx.ASGITransport(await engine.openai_app(("base",)))
+            async with httpx.AsyncClient(transport=transport, base_url="http://app") as http:
+                messages = [{"role": "user", "content": "3+5"}]
+                return [
+                    await http.post("/v1/completions", json={"model": "base", "prompt": "3+5:", "max_tokens": 2}),
+                    await http.post("/v1/chat/completions", json={"model": "base", "messages": messages}),
+                ]
+        finally:
+            await engine.close()
+
+    completion, chat = run(scenario())
+    assert completion.json()["usage"]["prompt_tokens"] == 4
+    assert chat.json()["usage"]["prompt_tokens"] == 1 + 4  # <bos>3+5:
+
+
+@slow
 def test_nothing_that_administers_vllm_is_reachable(openai_server: Server) -> None:
     with httpx.Client(base_url=openai_server.url("http")) as http:
         for path in (
@@ -191,14 +238,116 @@ def test_nothing_unread_reaches_the_worker(openai_server: Server, field: str) ->
 
 
 @slow
-def test_stock_clients_are_refused_when_too_much_waits(
-    run: LoopThread, vllm_engine: Any, stock: Teacher, monkeypatch: pytest.MonkeyPatch
+def test_stock_clients_share_the_queue(
+    run: LoopThread, client: openai.OpenAI, stock: Teacher, admission: Admission
 ) -> None:
-    # The bound that `serve` sets from its flags; vLLM compares the tokens that wait for their prefill with it.
     run(stock.info())
-    monkeypatch.setattr(vllm_engine._llm.scheduler_config, "max_num_queued_tokens", 0)
-    with pytest.raises(NotReady, match=r"503.*prefill token backlog"):
-        run(stock.score([ITEM]))
+    # The budget is spent by another; half of the queue, all that one client may have, is filled by this address.
+    own = [BUDGET // 2]
+
+    async def fill() -> list[Ticket]:
+        return [*admission.admit([BUDGET], "other"), *admission.admit(own, "127.0.0.1")]
+
+    tickets = run(fill())
+    try:
+        with pytest.raises(openai.RateLimitError, match=r"4096 of this client\) and this request has 12;") as caught:
+            client.completions.create(model="base", prompt=[1, 2, 3, 4], max_tokens=4, n=2)
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+        with pytest.raises(Overloaded, match="wait"):
+            run(stock.score([ITEM]))
+    finally:
+
+        async def empty() -> None:
+            for ticket in tickets:
+                admission.release(ticket)
+
+        run(empty())
+    assert client.completions.create(model="base", prompt=[1, 2], max_tokens=1).choices
+    assert admission.tokens_in_flight == admission.tokens_queued == 0
+
+
+@slow
+def test_stock_clients_are_in_the_metrics(run: LoopThread, client: openai.OpenAI, metrics: Metrics) -> None:
+    counted = Counted(metrics)
+    # 3 + 2 prompt tokens, each continued twice by 4 tokens; what was written cannot pass for a usage.
+    client.completions.create(model="base", prompt=[[1, 2, 3], [4, 5]], max_tokens=4, n=2, extra_body=KEEP_WRITING)
+    text = '"prompt_tokens":777'
+    echoed = client.completions.create(model="base", prompt=text, max_tokens=1, echo=True, extra_body=KEEP_WRITING)
+    assert text in echoed.choices[0].text
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="base", prompt=[1], max_tokens=-1)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="nobody", messages=[{"role": "user", "content": "hi"}])
+    refused = {"operation": "openai_chat", "error": "UnknownTeacher"}
+    run(until(lambda: counted.since("teacher_requests_total", **refused)))  # a request is counted after its answer
+    assert counted.since("teacher_requests_total", **refused) == 1
+    assert counted.since("teacher_requests_total", operation="openai_completions", error="") == 2
+    assert counted.since("teacher_requests_total", operation="openai_completions", error="InvalidRequest") == 1
+    # The tokenizer has one token a byte.
+    assert counted.since("teacher_tokens_total", operation="openai_completions", kind="context") == 3 + 2 + len(text)
+    assert counted.since("teacher_tokens_total", operation="openai_completions", kind="new") == 2 * 2 * 4 + 1
+
+
+KEEP_WRITING = {"ignore_eos": True}
+
+
+class Counted:
+    """How much each counter has grown."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._before = self._values()
+
+    def since(self, name: str, **labels: str) -> float:
+        key = (name, frozenset(labels.items()))
+        return self._values().get(key, 0.0) - self._before.get(key, 0.0)
+
+    def _values(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        families = text_string_to_metric_families(self._metrics.text().decode())
+        return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "expected"),
+    [
+        ("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 5}, 3 + 5),
+        ("/v1/completions", {"prompt": [[1, 2, 3], [4]], "max_tokens": 5, "n": 2}, 4 + 2 * 2 * 5),
+        ("/v1/completions", {"prompt": "x" * 9}, 3 + 16),  # 9 characters are 2.25 tokens
+        ("/v1/completions", {"prompt": ["x" * 9, "y"], "max_tokens": 0}, 3 + 1),
+        ("/v1/chat/completions", {"messages": "x" * 8, "max_completion_tokens": 7, "n": 3}, 2 + 3 * 7),
+        ("/v1/chat/completions", {"messages": "x" * 8}, 2 + 1024),
+        ("/v1/completions", {"prompt": None, "max_tokens": "many", "n": -1}, 1 + 16),  # "null" is 4 characters
+        ("/v1/completions", [], 1),
+    ],
+)
+def test_what_a_stock_request_is_charged(path: str, body: object, expected: int) -> None:
+    assert num_tokens(path, json.dumps(body).encode()) == expected
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000, b"\xff"])
+def test_what_is_no_json_is_charged_one_token(body: bytes) -> None:
+    assert num_tokens("/v1/completions", body) == 1
+
+
+def test_a_stock_client_that_vanishes_leaves_the_queue(
+    run: LoopThread, transformers_engine: Engine, tiny_model: Path
+) -> None:
+    async def scenario() -> None:
+        admission, teachers = Admission(100, 1000), Teachers(("base",))
+        app = AdmittedOpenAI(answering(200), admission, teachers, "base", max_tokens=100)
+        async with serving(None) as server, httpx.AsyncClient(base_url=server.url("http")) as http:
+            server.gate.open(core_over(transformers_engine, tiny_model), app)
+            [busy] = admission.admit([100], "other")
+            asking = asyncio.create_task(http.post("/v1/completions", json={"prompt": [1] * 20, "max_tokens": 10}))
+            await until(lambda: admission.tokens_queued == 30)
+            asking.cancel()
+            await until(lambda: admission.tokens_queued == 0)
+            admission.release(busy)
+            # Larger than the budget: it is charged all of it, and enters alone.
+            assert (await http.post("/v1/completions", json={"prompt": [1], "max_tokens": 10**30})).text == "why"
+            assert admission.tokens_in_flight == 0
+
+    run(scenario())
 
 
 @slow

@@ -202,16 +202,22 @@ def test_rows_that_the_prefix_cache_hides_are_scored_again(tmp_path: Path, monke
         candidate_ids=np.empty((40, 0), np.int32),
     )
 
-    async def score_twice() -> list[ScoreRows]:
+    async def score_twice() -> tuple[list[ScoreRows], list[int]]:
         engine_args = {"block_size": 32}
         model = build_tiny_qwen3(tmp_path)
         engine = await VllmEngine.create(str(model), dtype="float32", kv_cache_gib=0.25, engine_args=engine_args)
         try:
-            return [await engine.score(task) for _ in range(2)]
+            ids, results = [next(engine._request_ids)], []
+            for _ in range(2):
+                results.append(await engine.score(task))
+                ids.append(next(engine._request_ids))
+            return results, ids
         finally:
             await engine.close()
 
-    first, again = asyncio.run(score_twice())
+    (first, again), ids = asyncio.run(score_twice())
+    # Each look takes an id itself. The first score sent request 1; the second sent 3, whose rows were hidden, and 4.
+    assert ids == [0, 2, 5]
     np.testing.assert_allclose(again.top_logprobs, first.top_logprobs, rtol=0, atol=1e-5)
     assert again.num_cached_tokens == 0
 
