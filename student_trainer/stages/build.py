@@ -58,7 +58,7 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         num_samples=rollout.samples_per_problem,
-        top_ids=objective.wanted.student_top_k,
+        top_ids=objective.top_k,
     )
     sampler = TransformersSampler(student.model, student.tokenizer, eos_token_ids=student.eos_token_ids)
     return Opd(task, sampler, sampling, scorer, objective, problems_per_step=config.problems_per_step, seed=config.seed)
