@@ -72,6 +72,23 @@ class Batch:
             }
             yield Batch(**cut)
 
+    def token_chunks(self, num_tokens: int) -> Iterator[Batch]:
+        """The completion tokens alone, at most `num_tokens` at a time: one sequence [1, C], without prompt or padding.
+
+        Tokens are in the order of the sequences; what a chunk holds of a token does not say where in its sequence it is.
+        """
+        rows, columns = self.mask_BT.nonzero(as_tuple=True)
+        for start in range(0, len(row_N), num_tokens):
+            chunk = slice(start, start + num_tokens)
+            picked = {
+                field.name: value[:1, :0]
+                if field.name.startswith("prompt")
+                else value[rows[chunk], columns[chunk]][None]
+                for field in fields(self)
+                if (value := getattr(self, field.name)) is not None
+            }
+            yield Batch(**picked)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         moved = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}

@@ -10,8 +10,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from student_trainer import checkpoint
-from student_trainer.collate import completion_logits
 from student_trainer.config import TrainConfig
+from student_trainer.lm_head import logit_chunks
 from student_trainer.losses import token_mean
 from student_trainer.optim import build_optimizer, build_schedule
 from student_trainer.run_folder import Row
@@ -43,12 +43,14 @@ class Learner:
         row: Row = {"loss": 0.0, "num_tokens": num_tokens, "lr": self.schedule.get_last_lr()[0]}
         for micro in collected.batch.split(self.micro_batch_size):
             micro = micro.to(model.device)
-            logits_BTV = completion_logits(model, micro)
-            loss = token_mean(stage.loss(logits_BTV, micro), micro.mask_BT, num_tokens)
-            loss.backward()
-            row["loss"] += loss.item()
-            for name, value in stage.watch(logits_BTV.detach(), micro).items():
-                row[name] = row.get(name, 0.0) + value * micro.num_tokens / num_tokens
+            for logits_BTV, tokens in logit_chunks(model, self.student.head, micro):
+                loss = token_mean(stage.loss(logits_BTV, tokens), tokens.mask_BT, num_tokens)
+                loss.backward()
+                row["loss"] += loss.item()
+                for name, value in stage.watch(logits_BTV.detach(), tokens).items():
+                    row[name] = row.get(name, 0.0) + value * tokens.num_tokens / num_tokens
+                # Or this chunk's logits would live beside the next one's.
+                del logits_BTV, loss
         row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm))
         if not (torch.tensor([row["loss"], row["grad_norm"]]).isfinite().all()):
             raise FloatingPointError(f"loss {row['loss']} and gradient norm {row['grad_norm']} must be finite")

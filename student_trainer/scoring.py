@@ -24,10 +24,12 @@ class Wanted:
     Attributes:
         teacher_top_k: how many of the teacher's own most likely ids; 0 for none.
         student_top_k: how many of the student's most likely ids to score; 0 for none.
+        temperature: of the student's log-probs in the loss; None when no loss compares them.
     """
 
     teacher_top_k: int = 0
     student_top_k: int = 0
+    temperature: float | None = None
 
 
 class TeacherMismatch(ValueError):
@@ -103,6 +105,11 @@ class Scorer:
                 problems.append(f"{name}: {asked} needed, the teacher takes at most {limit}")
         if wanted.student_top_k and "candidates" not in info.supports:
             problems.append("the loss needs scores at the student's ids, which this teacher cannot give")
+        if wanted.temperature not in (None, self._temperature):
+            problems.append(
+                f"the student's log-probs are taken at temperature {wanted.temperature}, the teacher is asked at "
+                f"{self._temperature}: they must be equal"
+            )
         if self._temperature != 1 and not info.exact_temperature:
             problems.append(f"temperature {self._temperature} is not exact on this teacher, only 1.0 is")
         if problems:

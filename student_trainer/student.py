@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from protos.fingerprint import tokenizer_fingerprint
 from protos.records import TokenizerFingerprint
 from student_trainer.config import ConfigError, ModelConfig
+from student_trainer.lm_head import LmHead, find_head
 from student_trainer.text import eos_token_ids
 
 
@@ -20,6 +22,11 @@ class Student:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
+
+    @cached_property
+    def head(self) -> LmHead:
+        """From hidden states to logits; see `find_head`."""
+        return find_head(self.model)
 
     @property
     def vocab_size(self) -> int:
@@ -36,7 +43,7 @@ def load_student(config: ModelConfig) -> Student:
     """Loads the model and its tokenizer from a folder or the Hub.
 
     Raises:
-        ConfigError: there is no such model, or it names no EOS.
+        ConfigError: there is no such model, it names no EOS, or its logits cannot be computed by chunks.
     """
     device = config.device
     if device == "auto":
@@ -47,6 +54,8 @@ def load_student(config: ModelConfig) -> Student:
         )
         tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision or "main")
         model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
-        return Student(model, tokenizer, eos_token_ids(model, tokenizer))
+        student = Student(model, tokenizer, eos_token_ids(model, tokenizer))
+        _ = student.head  # found at load, so that a model that has none is refused here
+        return student
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path {config.path!r}: {str(error).splitlines()[0]}") from error

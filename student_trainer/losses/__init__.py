@@ -10,30 +10,52 @@ One position: p is the student, q the teacher, r = log p - log q. Logs are natur
     token_mean(loss_BT, mask_BT, num_tokens).backward()
 """
 
-from student_trainer.losses.divergence import forward_kl, reverse_kl
+from student_trainer.losses.divergence import forward_kl, jsd, reverse_kl
 from student_trainer.losses.logits import log_probs
 from student_trainer.losses.reduce import token_mean
+from student_trainer.losses.sampled import importance_weights, k2, k3, policy_gradient
 from student_trainer.losses.support import (
     Support,
     align,
     full_vocabulary,
     gather,
+    intersection_support,
+    log_tail,
     student_support,
     teacher_support,
     union_support,
 )
-from student_trainer.losses.topk import stop_gradient_reverse_kl
+from student_trainer.losses.truncated import (
+    biased_reverse_kl,
+    renormalised_forward_kl,
+    renormalised_reverse_kl,
+    stop_gradient_reverse_kl,
+    tail_forward_kl,
+    tail_reverse_kl,
+)
 
 __all__ = [
     "Support",
     "align",
+    "biased_reverse_kl",
     "forward_kl",
     "full_vocabulary",
     "gather",
+    "importance_weights",
+    "intersection_support",
+    "jsd",
+    "k2",
+    "k3",
     "log_probs",
+    "log_tail",
+    "policy_gradient",
+    "renormalised_forward_kl",
+    "renormalised_reverse_kl",
     "reverse_kl",
     "stop_gradient_reverse_kl",
     "student_support",
+    "tail_forward_kl",
+    "tail_reverse_kl",
     "teacher_support",
     "token_mean",
     "union_support",

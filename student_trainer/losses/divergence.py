@@ -20,7 +20,7 @@ def reverse_kl(student_logp_BTV: Tensor, teacher_logp_BTV: Tensor) -> Tensor:
     """
     check_same_shape(student_logp_BTV=student_logp_BTV, teacher_logp_BTV=teacher_logp_BTV)
     check_present(teacher_logp_BTV)
-    return _kl(student_logp_BTV, teacher_logp_BTV.detach())
+    return kl(student_logp_BTV, teacher_logp_BTV.detach())
 
 
 def forward_kl(student_logp_BTV: Tensor, teacher_logp_BTV: Tensor) -> Tensor:
@@ -34,11 +34,33 @@ def forward_kl(student_logp_BTV: Tensor, teacher_logp_BTV: Tensor) -> Tensor:
     """
     check_same_shape(student_logp_BTV=student_logp_BTV, teacher_logp_BTV=teacher_logp_BTV)
     check_present(teacher_logp_BTV)
-    return _kl(teacher_logp_BTV.detach(), student_logp_BTV)
+    return kl(teacher_logp_BTV.detach(), student_logp_BTV)
 
 
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) as the generalised divergence sum a log(a/b) - a + b, equal because both sum to 1.
+def jsd(student_logp_BTV: Tensor, teacher_logp_BTV: Tensor, beta: float) -> Tensor:
+    """Jensen-Shannon divergence of each position, [B, T] in nats: beta KL(q || M) + (1 - beta) KL(p || M).
+
+    M = beta q + (1 - beta) p, so that beta weights the teacher (GKD's convention: Agarwal et al. 2024,
+    arXiv:2306.13649, section 2). It is 0 exactly where p = q, and never above log 2, whatever is impossible for either.
+
+    Gradient with respect to the student's logits (at temperature 1): (1 - beta) p_j (s_j - sum_V p s), s = log(p / M).
+    The teacher is a constant. Divided by beta (by 1 - beta) it tends to the forward KL for small beta (to the reverse
+    KL near 1).
+
+    Raises:
+        ValueError: beta is not between 0 and 1, the shapes differ, or a teacher log-prob is missing (NaN).
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"beta must lie between 0 and 1, got {beta}: at both ends the divergence is 0 everywhere")
+    check_same_shape(student_logp_BTV=student_logp_BTV, teacher_logp_BTV=teacher_logp_BTV)
+    check_present(teacher_logp_BTV)
+    teacher_logp_BTV = teacher_logp_BTV.detach()
+    mixture_BTV = _log_mixture(student_logp_BTV, teacher_logp_BTV, beta)
+    return beta * kl(teacher_logp_BTV, mixture_BTV) + (1 - beta) * kl(student_logp_BTV, mixture_BTV)
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) over the last dimension as the generalised divergence sum a log(a/b) - a + b: both must sum to 1.
 
     Every term is at least 0 and every term's gradient vanishes at a = b. The textbook sum reaches that zero only by
     cancellation across the vocabulary, and Adam turns the rounding noise left over into full-sized steps.
@@ -47,3 +69,11 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     positive = a > 0
     log_ratio = torch.where(positive, log_a, 0.0) - torch.where(positive, log_b, 0.0)
     return (a * log_ratio - a + b).sum(-1)
+
+
+def _log_mixture(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    """log(beta q + (1 - beta) p); to the bit log p where p = q, where a logaddexp would leave its rounding."""
+    higher, lower = torch.maximum(logp, logq), torch.minimum(logp, logq)
+    gap = torch.where(higher > -torch.inf, lower - higher, 0.0)
+    share_of_lower = torch.where(logp < logq, 1 - beta, beta)
+    return higher + torch.log1p(share_of_lower * torch.expm1(gap))

@@ -44,6 +44,13 @@ def union_support(student_top_ids_BTK: Tensor, teacher_top_ids_BTK: Tensor) -> S
     return _distinct(torch.cat([student_top_ids_BTK, teacher_top_ids_BTK], dim=-1))
 
 
+def intersection_support(student_top_ids_BTK: Tensor, teacher_top_ids_BTK: Tensor) -> Support:
+    """The ids in both lists, at the student's entries: S is its width. Empty where the lists have nothing in common."""
+    student = _distinct(student_top_ids_BTK)
+    _, shared_BTS = find(student.ids_BTS, teacher_top_ids_BTK)
+    return Support(student.ids_BTS, student.mask_BTS & shared_BTS)
+
+
 def gather(logp_BTV: Tensor, support: Support) -> Tensor:
     """Log-probs of the support's ids, [B, T, S]; -inf (no mass) and no gradient on masked entries.
 
@@ -54,6 +61,24 @@ def gather(logp_BTV: Tensor, support: Support) -> Tensor:
     ids_BTS = support.ids_BTS.masked_fill(~support.mask_BTS, 0)
     _check_in_vocabulary(ids_BTS, vocab_size)
     return logp_BTV.gather(-1, ids_BTS).masked_fill(~support.mask_BTS, -torch.inf)
+
+
+def log_tail(logp_BTV: Tensor, support: Support) -> Tensor:
+    """log(1 - P): the mass outside the support, [B, T] in nats; -inf where nothing is.
+
+    Summed over the ids outside, since 1 - P would cancel where P is near 1, as it is on most tokens.
+
+    Raises:
+        ValueError: an id that counts is outside the vocabulary.
+    """
+    ids_BTS = support.ids_BTS.masked_fill(~support.mask_BTS, 0)
+    _check_in_vocabulary(ids_BTS, logp_BTV.shape[-1])
+    counts_BTV = torch.zeros_like(logp_BTV, dtype=torch.uint8).scatter_add_(-1, ids_BTS, support.mask_BTS.byte())
+    outside_BTV = logp_BTV.masked_fill(counts_BTV > 0, -torch.inf)
+    is_empty_BT = outside_BTV.detach().amax(-1) == -torch.inf
+    # logsumexp of -inf alone has a NaN gradient.
+    log_sum_BT = outside_BTV.masked_fill(is_empty_BT[..., None], 0.0).logsumexp(-1)
+    return log_sum_BT.masked_fill(is_empty_BT, -torch.inf)
 
 
 def align(

@@ -65,7 +65,7 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         num_samples=rollout.samples_per_problem,
-        top_ids=objective.wanted.student_top_k,
+        top_ids=objective.top_k,
     )
     try:
         sampler = build_sampler(rollout, student, longest_prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import assert_never
 
 import torch
@@ -9,8 +10,12 @@ import torch
 from student_trainer import losses, monitor
 from student_trainer.collate import Batch
 from student_trainer.config import LossConfig
+from student_trainer.config.loss import FULL_VOCABULARY, SAMPLED
 from student_trainer.scoring import Wanted
 from student_trainer.stages.base import Metrics
+
+DEFAULT_BETA = 0.5
+"""Of jsd where the config leaves it out: the symmetric Jensen-Shannon divergence."""
 
 
 class Objective:
@@ -20,55 +25,114 @@ class Objective:
         config: which loss, over which support.
         vocab_size: V, the width of the student's output.
         temperature: of both models' log-probs.
+
+    Attributes:
+        wanted: what the loss and its monitors need of the teacher.
+        top_k: K, how many of its own most likely ids the student keeps of each position.
     """
 
     def __init__(self, config: LossConfig, vocab_size: int, temperature: float) -> None:
+        if config.kind == "biased_reverse_kl":
+            warnings.warn(
+                "biased_reverse_kl is for study: differentiating through the log-ratio adds the gradient of the "
+                "student's mass P on the support, so that descent stops at p = q / e; P falls to Q / e and, with EOS "
+                "in the support, completions grow by a factor up to e (student_trainer.losses.biased_reverse_kl); "
+                "stop_gradient_reverse_kl is the same loss without the bias",
+                stacklevel=2,
+            )
         self._config = config
         self._temperature = temperature
-        self._top_k = min(config.top_k, vocab_size)
-        is_truncated = config.kind == "stop_gradient_reverse_kl"
-        # Both lists are asked for whatever the support: the overlap of the two is the first monitor.
-        self.wanted = Wanted(teacher_top_k=self._top_k if is_truncated else vocab_size, student_top_k=self._top_k)
+        self.top_k = min(config.top_k, vocab_size)
+        # The teacher's list is asked for whatever the loss: the overlap of the two lists is the first monitor. It also
+        # answers for every id of the intersection, of the teacher's own support and of a whole vocabulary.
+        needs_candidates = config.kind not in FULL_VOCABULARY | SAMPLED and config.support in ("student", "union")
+        self.wanted = Wanted(
+            teacher_top_k=vocab_size if config.kind in FULL_VOCABULARY else self.top_k,
+            student_top_k=self.top_k if needs_candidates else 0,
+            temperature=temperature,
+        )
+
+    @property
+    def _is_sampled(self) -> bool:
+        return self._config.kind in SAMPLED
 
     def loss(self, logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The loss of each token, [B, T]."""
         logp_BTV = losses.log_probs(logits_BTV, self._temperature)
         match self._config.kind:
-            case "stop_gradient_reverse_kl":
-                support, teacher_logp_BTS = self._paired(batch)
-                student_logp_BTS = losses.gather(logp_BTV, support)
-                return losses.stop_gradient_reverse_kl(student_logp_BTS, teacher_logp_BTS, support.mask_BTS)
             case "reverse_kl":
                 return losses.reverse_kl(logp_BTV, self._teacher_logp_BTV(batch))
             case "forward_kl":
                 return losses.forward_kl(logp_BTV, self._teacher_logp_BTV(batch))
+            case "jsd":
+                return losses.jsd(logp_BTV, self._teacher_logp_BTV(batch), self._config.beta or DEFAULT_BETA)
+            case "policy_gradient" | "k2" | "k3":
+                return self._sampled(logp_BTV, batch)
             case _:
-                assert_never(self._config.kind)
+                return self._truncated(logp_BTV, batch)
 
     @torch.no_grad()
     def watch(self, logits_BTV: torch.Tensor, batch: Batch) -> Metrics:
         """Monitors of one micro-batch; see `student_trainer.monitor`."""
         top_BTK, teacher_logp_BT = _present(batch.student_top_BTK), _present(batch.teacher_logp_BT)
         logp_BTV = losses.log_probs(logits_BTV, self._temperature)
-        logp_BT = logp_BTV.gather(-1, batch.completion_ids_BT[..., None])[..., 0]
+        logp_BT = _sampled_logp(logp_BTV, batch)
         overlap = monitor.overlap(
             top_BTK,
             losses.gather(logp_BTV, losses.student_support(top_BTK)),
-            _present(batch.teacher_top_BTK)[..., : self._top_k],
-            _present(batch.teacher_top_logp_BTK)[..., : self._top_k],
+            _present(batch.teacher_top_BTK)[..., : self.top_k],
+            _present(batch.teacher_top_logp_BTK)[..., : self.top_k],
             batch.mask_BT,
         )
-        support, teacher_logp_BTS = self._paired(batch)
-        mass = monitor.support_mass(losses.gather(logp_BTV, support), teacher_logp_BTS, support.mask_BTS, batch.mask_BT)
         return {
             "reverse_kl": monitor.sampled_reverse_kl(logp_BT, teacher_logp_BT, batch.mask_BT),
             "overlap_ratio": overlap.ratio,
             "overlap_student_mass": overlap.student_mass,
             "overlap_teacher_mass": overlap.teacher_mass,
-            "support_student_mass": mass.student,
-            "support_teacher_mass": mass.teacher,
             "entropy": monitor.entropy(logp_BTV, batch.mask_BT),
+            **({} if self._is_sampled else self._support_mass(logp_BTV, batch)),
         }
+
+    def _sampled(self, logp_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
+        logp_BT, teacher_logp_BT = _sampled_logp(logp_BTV, batch), _present(batch.teacher_logp_BT)
+        match self._config.kind:
+            case "policy_gradient":
+                loss_BT = losses.policy_gradient(logp_BT, teacher_logp_BT, batch.mask_BT)
+            case "k2":
+                loss_BT = losses.k2(logp_BT, teacher_logp_BT, batch.mask_BT)
+            case _:
+                loss_BT = losses.k3(logp_BT, teacher_logp_BT, batch.mask_BT)
+        if self._config.importance is None:
+            return loss_BT
+        return loss_BT * losses.importance_weights(
+            logp_BT, _present(batch.sampled_logp_BT), self._config.importance, self._config.importance_limit
+        )
+
+    def _truncated(self, logp_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
+        support, teacher_logp_BTS = self._paired(batch)
+        student_logp_BTS, mask_BTS = losses.gather(logp_BTV, support), support.mask_BTS
+        match self._config.kind:
+            case "stop_gradient_reverse_kl":
+                return losses.stop_gradient_reverse_kl(student_logp_BTS, teacher_logp_BTS, mask_BTS)
+            case "biased_reverse_kl":
+                return losses.biased_reverse_kl(student_logp_BTS, teacher_logp_BTS, mask_BTS)
+            case "renormalised_reverse_kl":
+                return losses.renormalised_reverse_kl(student_logp_BTS, teacher_logp_BTS, mask_BTS)
+            case "renormalised_forward_kl":
+                return losses.renormalised_forward_kl(student_logp_BTS, teacher_logp_BTS, mask_BTS)
+            case "tail_reverse_kl":
+                tail_BT = losses.log_tail(logp_BTV, support)
+                return losses.tail_reverse_kl(student_logp_BTS, tail_BT, teacher_logp_BTS, mask_BTS)
+            case "tail_forward_kl":
+                tail_BT = losses.log_tail(logp_BTV, support)
+                return losses.tail_forward_kl(student_logp_BTS, tail_BT, teacher_logp_BTS, mask_BTS)
+            case _:
+                raise AssertionError(f"{self._config.kind} has no support")
+
+    def _support_mass(self, logp_BTV: torch.Tensor, batch: Batch) -> Metrics:
+        support, teacher_logp_BTS = self._paired(batch)
+        mass = monitor.support_mass(losses.gather(logp_BTV, support), teacher_logp_BTS, support.mask_BTS, batch.mask_BT)
+        return {"support_student_mass": mass.student, "support_teacher_mass": mass.teacher}
 
     def _paired(self, batch: Batch) -> tuple[losses.Support, torch.Tensor]:
         """The support, and the teacher's log-probs on it, [B, T, S]."""
@@ -78,14 +142,16 @@ class Objective:
             case "student":
                 support = losses.student_support(student_top_BTK)
             case "teacher":
-                support = losses.teacher_support(teacher_top_BTK[..., : self._top_k])
+                support = losses.teacher_support(teacher_top_BTK[..., : self.top_k])
+            case "intersection":
+                support = losses.intersection_support(student_top_BTK, teacher_top_BTK[..., : self.top_k])
             case "union":
-                support = losses.union_support(student_top_BTK, teacher_top_BTK[..., : self._top_k])
+                support = losses.union_support(student_top_BTK, teacher_top_BTK[..., : self.top_k])
             case _:
                 assert_never(self._config.support)
         teacher_logp_BTS = losses.align(
             support,
-            student_top_BTK,
+            student_top_BTK[..., : self.wanted.student_top_k],
             _present(batch.teacher_candidate_logp_BTM),
             teacher_top_BTK,
             _present(batch.teacher_top_logp_BTK),
@@ -96,6 +162,10 @@ class Objective:
         return losses.full_vocabulary(
             _present(batch.teacher_top_BTK), _present(batch.teacher_top_logp_BTK), batch.mask_BT
         )
+
+
+def _sampled_logp(logp_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return logp_BTV.gather(-1, batch.completion_ids_BT[..., None])[..., 0]
 
 
 def _present(tensor: torch.Tensor | None) -> torch.Tensor:

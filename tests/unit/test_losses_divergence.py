@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_trainer.losses import forward_kl, log_probs, reverse_kl
+from student_trainer.losses import forward_kl, jsd, log_probs, reverse_kl
 
 SEEDS = [0, 1, 2, 3]
 SHAPE = (2, 3, 7)  # B, T, V
@@ -181,3 +181,71 @@ def test_a_missing_teacher_log_prob_is_an_error(divergence) -> None:
 def test_shapes_are_never_broadcast(divergence) -> None:
     with pytest.raises(ValueError, match=r"\(1, 1, 3\).*\(1, 2, 3\)"):
         divergence(torch.zeros(1, 2, 3), torch.zeros(1, 1, 3))
+
+
+BETAS = [0.1, 0.5, 0.9]
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_jsd_is_its_definition_and_its_gradient_the_closed_form(seed: int, beta: float) -> None:
+    z, teacher = logits_pair(seed)
+    logp, logq = log_probs(z, 0.7), log_probs(teacher, 0.7)
+    p, q = logp.exp(), logq.exp()
+    mixture = beta * q + (1 - beta) * p
+    s = (p / mixture).log()
+    divergence = jsd(logp, logq, beta)
+    expected = beta * (q * (q / mixture).log()).sum(-1) + (1 - beta) * (p * s).sum(-1)
+    torch.testing.assert_close(divergence, expected, rtol=0, atol=1e-14)
+    (gradient,) = torch.autograd.grad(divergence.sum(), z)
+    closed_form = (1 - beta) * p * (s - (p * s).sum(-1, keepdim=True)) / 0.7
+    torch.testing.assert_close(gradient, closed_form, rtol=0, atol=1e-14)
+
+
+def test_jsd_tends_to_the_forward_and_the_reverse_kl_at_its_ends() -> None:
+    z, teacher = logits_pair(0)
+    logp, logq = log_probs(z, 1.0), log_probs(teacher, 1.0)
+    torch.testing.assert_close(jsd(logp, logq, 1e-8) / 1e-8, forward_kl(logp, logq), rtol=1e-4, atol=0)
+    torch.testing.assert_close(jsd(logp, logq, 1 - 1e-8) / 1e-8, reverse_kl(logp, logq), rtol=1e-4, atol=0)
+
+
+def test_jsd_gradient_agrees_with_finite_differences() -> None:
+    z, teacher = logits_pair(0)
+    logq = log_probs(teacher, 1.0)
+    assert torch.autograd.gradcheck(lambda z: jsd(log_probs(z, 1.3), logq, 0.3), (z,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("beta", BETAS)
+def test_jsd_of_equals_is_zero_with_zero_gradient_to_the_bit(beta: float, dtype: torch.dtype) -> None:
+    z = (4 * torch.randn(2, 3, 500, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()
+    loss = jsd(log_probs(z, 0.8), log_probs(z.detach(), 0.8), beta)
+    assert (loss == 0).all()
+    assert (torch.autograd.grad(loss.sum(), z)[0] == 0).all()
+
+
+def test_jsd_is_finite_where_either_is_impossible() -> None:
+    # p = [1, 0, 0], q = [0, 1, 0]: M = [1 - beta, beta, 0], so beta ln(1/beta) + (1 - beta) ln(1/(1 - beta)); s is a
+    # constant on p's one id, and the gradient is 0.
+    z = torch.tensor([[[0.0, -math.inf, -math.inf]]], dtype=torch.float64, requires_grad=True)
+    logq = torch.tensor([[[0.0, 1.0, 0.0]]], dtype=torch.float64).log()
+    loss = jsd(log_probs(z, 1.0), logq, 0.25)
+    assert loss.item() == pytest.approx(0.25 * math.log(4) + 0.75 * math.log(4 / 3), abs=1e-15)
+    assert torch.autograd.grad(loss.sum(), z)[0].tolist() == [[[0.0, 0.0, 0.0]]]
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.9])
+def test_descent_of_jsd_stops_at_the_teacher(beta: float) -> None:
+    q = torch.tensor([[[0.4, 0.3, 0.15, 0.1, 0.05]]], dtype=torch.float64)
+    z = torch.tensor([[[0.0, -1.0, 1.0, 0.5, 2.0]]], dtype=torch.float64, requires_grad=True)
+    for _ in range(600):
+        (gradient,) = torch.autograd.grad(jsd(log_probs(z, 1.0), q.log(), beta).sum(), z)
+        with torch.no_grad():
+            z -= 4 * gradient / (beta * (1 - beta))
+    torch.testing.assert_close(log_probs(z, 1.0).exp(), q, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, math.nan])
+def test_jsd_refuses_a_beta_at_which_it_is_zero_everywhere(beta: float) -> None:
+    with pytest.raises(ValueError, match="beta must lie between 0 and 1"):
+        jsd(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), beta)

@@ -8,6 +8,9 @@ from student_trainer.losses import (
     align,
     full_vocabulary,
     gather,
+    intersection_support,
+    log_probs,
+    log_tail,
     stop_gradient_reverse_kl,
     student_support,
     teacher_support,
@@ -63,6 +66,36 @@ def test_union_weighs_a_shared_id_once_in_the_loss() -> None:
     union = union_support(torch.tensor([[[0, 1]]]), torch.tensor([[[1, 0]]]))
     loss = stop_gradient_reverse_kl(gather(logp, union), gather(logq, union), union.mask_BTS)
     assert loss.item() == pytest.approx(math.log(2) / 4, abs=1e-15)
+
+
+def test_the_intersection_of_random_lists_is_the_set_intersection_in_the_students_order() -> None:
+    student, teacher = torch.rand(2, 3, 5, 12, generator=torch.Generator().manual_seed(0)).topk(6).indices
+    shared = intersection_support(student, teacher)
+    for b in range(3):
+        for t in range(5):
+            both = [i for i in student[b, t].tolist() if i in teacher[b, t].tolist()]
+            assert shared.ids_BTS[b, t][shared.mask_BTS[b, t]].tolist() == both
+
+
+def test_an_intersection_holds_neither_padding_nor_repeated_ids_and_can_be_empty() -> None:
+    student, teacher = torch.tensor([[[4, 4, -1], [1, 2, 3]]]), torch.tensor([[[-1, 4], [5, 6]]])
+    assert_equal(intersection_support(student, teacher).mask_BTS, [[[True, False, False], [False] * 3]])
+
+
+def test_log_tail_is_what_the_support_leaves_and_keeps_its_digits() -> None:
+    # p = [1 - 3e-12, 1e-12, 2e-12]: in float32 1 - P is 0, the sum over the ids outside is not.
+    logp = log_probs(torch.tensor([[[0.0, math.log(1e-12), math.log(2e-12)]]], requires_grad=True), 1.0)
+    tails = [log_tail(logp, student_support(torch.tensor([[ids]]))) for ids in ([0, -1], [0, 2], [-1, -1])]
+    assert [t.item() for t in tails] == pytest.approx([math.log(3e-12), math.log(1e-12), 0.0], rel=1e-6, abs=1e-7)
+    (gradient,) = torch.autograd.grad(tails[0].sum(), logp)
+    assert gradient[0, 0].tolist() == pytest.approx([0.0, 1 / 3, 2 / 3], rel=1e-5)
+
+
+def test_nothing_is_outside_the_whole_vocabulary() -> None:
+    logp = log_probs(torch.zeros(1, 1, 3, requires_grad=True), 1.0)
+    tail = log_tail(logp, student_support(torch.tensor([[[2, 0, 1]]])))
+    assert tail.item() == -math.inf
+    assert torch.autograd.grad(tail.exp().sum(), logp)[0].tolist() == [[[0.0, 0.0, 0.0]]]
 
 
 def test_gather_reads_the_ids_and_gives_masked_entries_no_mass_and_no_gradient() -> None:

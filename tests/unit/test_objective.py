@@ -1,0 +1,121 @@
+"""Every kind of loss from its config: what it asks of the teacher, and its value from the teacher's answer."""
+
+import warnings
+from typing import get_args
+
+import pytest
+import torch
+
+from student_trainer import losses
+from student_trainer.collate import Batch
+from student_trainer.config import LossConfig
+from student_trainer.config.loss import FULL_VOCABULARY, SAMPLED, LossKind
+from student_trainer.scoring import Wanted
+from student_trainer.stages.objective import Objective
+
+V, K, T = 11, 4, 3
+TEMPERATURE = 0.7
+KINDS = get_args(LossKind)
+
+
+def answered(wanted: Wanted) -> tuple[torch.Tensor, Batch, torch.Tensor]:
+    """Logits [1, T, V], a batch with just what `wanted` asks for and a padded last token, and the teacher's log q."""
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = 2 * torch.randn(2, 1, T, V, generator=generator, dtype=torch.float64)
+    logp, logq = losses.log_probs(logits, TEMPERATURE), losses.log_probs(teacher, TEMPERATURE)
+    mask = torch.tensor([[True, True, False]])
+    ids = torch.tensor([[3, 5, 0]])
+    top = logq.topk(wanted.teacher_top_k)
+    student_top = logp.topk(K).indices
+    candidates = logq.gather(-1, student_top[..., : wanted.student_top_k])
+
+    def padded(array: torch.Tensor, fill: float) -> torch.Tensor:
+        return array.masked_fill(~(mask[..., None] if array.ndim == 3 else mask), fill)
+
+    batch = Batch(
+        prompt_ids_BN=torch.ones(1, 1, dtype=torch.int64),
+        prompt_mask_BN=torch.ones(1, 1, dtype=torch.int64),
+        completion_ids_BT=ids,
+        mask_BT=mask,
+        sampled_logp_BT=padded(logp.gather(-1, ids[..., None])[..., 0] - 1, torch.nan),
+        student_top_BTK=padded(student_top, -1),
+        teacher_logp_BT=padded(logq.gather(-1, ids[..., None])[..., 0], torch.nan),
+        teacher_top_BTK=padded(top.indices, -1),
+        teacher_top_logp_BTK=padded(top.values, torch.nan),
+        teacher_candidate_logp_BTM=padded(candidates, torch.nan),
+    )
+    return logits.requires_grad_(), batch, logq
+
+
+def objective(**config) -> Objective:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Objective(LossConfig(top_k=K, **config), V, TEMPERATURE)
+
+
+@pytest.mark.parametrize("support", ["student", "teacher", "intersection", "union"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_over_every_support_is_its_function_of_the_two_models(kind: LossKind, support: str) -> None:
+    wired = objective(kind=kind, support=support)
+    logits, batch, logq = answered(wired.wanted)
+    loss = wired.loss(logits, batch)
+    logp = losses.log_probs(logits, TEMPERATURE)
+    function = getattr(losses, kind)
+    if kind in SAMPLED:
+        ids = batch.completion_ids_BT[..., None]
+        expected = function(logp.gather(-1, ids)[..., 0], logq.gather(-1, ids)[..., 0], batch.mask_BT)
+    elif kind in FULL_VOCABULARY:
+        expected = function(logp, logq, *([0.5] if kind == "jsd" else []))
+    else:
+        lists = {"student": logp.topk(K).indices, "teacher": logq.topk(K).indices}
+        on = (
+            getattr(losses, f"{support}_support")(lists[support])
+            if support in lists
+            else getattr(losses, f"{support}_support")(lists["student"], lists["teacher"])
+        )
+        tail = [losses.log_tail(logp, on)] if kind.startswith("tail") else []
+        expected = function(losses.gather(logp, on), *tail, losses.gather(logq, on), on.mask_BTS)
+    torch.testing.assert_close(loss[batch.mask_BT], expected[batch.mask_BT], rtol=0, atol=1e-14)
+    mean = losses.token_mean(loss, batch.mask_BT)
+    (gradient,) = torch.autograd.grad(mean, logits)
+    assert gradient[batch.mask_BT].isfinite().all()
+    assert (gradient[~batch.mask_BT] == 0).all()
+    metrics = wired.watch(logits.detach(), batch)
+    assert all(value == value for value in metrics.values()), metrics
+
+
+def test_a_loss_asks_for_no_more_than_it_and_its_monitors_need() -> None:
+    def wanted(**config) -> tuple[int, int]:
+        needs = objective(**config).wanted
+        assert needs.temperature == TEMPERATURE
+        return needs.teacher_top_k, needs.student_top_k
+
+    assert wanted(kind="stop_gradient_reverse_kl", support="student") == (K, K)
+    assert wanted(kind="tail_forward_kl", support="union") == (K, K)
+    assert wanted(kind="stop_gradient_reverse_kl", support="teacher") == (K, 0)
+    assert wanted(kind="stop_gradient_reverse_kl", support="intersection") == (K, 0)
+    assert wanted(kind="policy_gradient") == (K, 0)
+    assert wanted(kind="jsd") == (V, 0)
+
+
+def test_importance_weights_multiply_a_sampled_loss() -> None:
+    # The batch's mu is p / e, so that w = e, cut at 2.
+    plain, weighted = objective(kind="k2"), objective(kind="k2", importance="truncated", importance_limit=2.0)
+    logits, batch, _ = answered(plain.wanted)
+    torch.testing.assert_close(
+        weighted.loss(logits, batch)[batch.mask_BT], 2 * plain.loss(logits, batch)[batch.mask_BT], rtol=1e-14, atol=0
+    )
+
+
+def test_the_biased_loss_warns_with_what_will_happen() -> None:
+    with pytest.warns(UserWarning, match=r"P falls to Q / e and, with EOS in the support, completions grow"):
+        Objective(LossConfig(kind="biased_reverse_kl"), V, TEMPERATURE)
+
+
+def test_a_missing_teacher_log_prob_is_refused() -> None:
+    wired = objective(kind="stop_gradient_reverse_kl")
+    logits, batch, _ = answered(Wanted(teacher_top_k=1, student_top_k=K))
+    assert batch.teacher_candidate_logp_BTM is not None
+    batch.teacher_candidate_logp_BTM[0, 1, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"missing \(NaN\), the first at \(0, 1, 2\)"):
+        wired.loss(logits, batch)
