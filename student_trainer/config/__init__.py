@@ -4,6 +4,7 @@ from student_trainer.config.base import ConfigError, Section
 from student_trainer.config.loss import LossConfig
 from student_trainer.config.model import ModelConfig, OptimConfig
 from student_trainer.config.parse import dump_config, load_config, parse_config
+from student_trainer.config.policy import GrpoStage, PolicyStage, PpoStage
 from student_trainer.config.run import CheckpointConfig, EvalConfig, RolloutConfig, TrainConfig
 from student_trainer.config.stage import OpdStage, OpsdStage, SftStage, StageConfig
 from student_trainer.config.teacher import (
@@ -19,11 +20,14 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "EvalConfig",
+    "GrpoStage",
     "LossConfig",
     "ModelConfig",
     "OpdStage",
     "OpsdStage",
     "OptimConfig",
+    "PolicyStage",
+    "PpoStage",
     "PrivilegedConfig",
     "ReferencePrivileged",
     "RolloutConfig",

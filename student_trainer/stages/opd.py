@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 
 from protos.records import ScoreResult
-from student_trainer import monitor
 from student_trainer.collate import Batch, collate
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
 from student_trainer.scoring import Scorer
 from student_trainer.seeds import ROLLOUTS, derive_seed, pick
+from student_trainer.stages.actor import describe
 from student_trainer.stages.base import Collected, Metrics
 from student_trainer.stages.objective import Objective
 from student_trainer.tasks import Task
@@ -57,7 +57,7 @@ class Opd:
             batch,
             rollouts,
             {
-                **self._describe(batch, rollouts),
+                **describe(rollouts, [self._task.reward(rollout.problem, rollout.text) for rollout in rollouts]),
                 "rollout_s": sampled - started,
                 "score_s": scored - sampled,
                 "scored_tokens_per_s": batch.num_tokens / (scored - sampled),
@@ -75,18 +75,6 @@ class Opd:
     def close(self) -> None:
         """Closes the connection to the teacher."""
         self._scorer.close()
-
-    def _describe(self, batch: Batch, rollouts: Sequence[Rollout]) -> Metrics:
-        lengths = monitor.lengths(batch.mask_BT, torch.tensor([rollout.is_finished for rollout in rollouts]))
-        rewards = [self._task.reward(rollout.problem, rollout.text) for rollout in rollouts]
-        return {
-            "reward": sum(rewards) / len(rewards),
-            "length_mean": lengths.mean,
-            "length_p95": lengths.p95,
-            "truncation_rate": lengths.truncation_rate,
-            "hedge_frequency": monitor.hedge_frequency([rollout.text for rollout in rollouts], batch.num_tokens),
-            "repeat_ratio": monitor.repeat_ratio([rollout.completion_ids.tolist() for rollout in rollouts]),
-        }
 
 
 def collate_scored(rollouts: Sequence[Rollout], results: Sequence[ScoreResult]) -> Batch:
