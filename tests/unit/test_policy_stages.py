@@ -125,6 +125,7 @@ def test_a_cut_completion_is_left_out_or_punished(model):
         if kind == "grpo":
             # With reward 1 for all, a group differs only where a cut one was given 0.
             assert masked.batch.num_sequences == 0
+            assert punished.batch.advantage_BT is not None
             last = [a[m][-1] for a, m in zip(punished.batch.advantage_BT, punished.batch.mask_BT, strict=True)]
             assert {float(a) > 0 for a in last} == {True, False}
         else:
