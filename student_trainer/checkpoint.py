@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, and read back to the same numbers bit for bit.
 
 A checkpoint `step-00000100` is the state after 100 optimiser steps: a model folder in transformers' format, which any
-engine can serve, and beside it the optimiser's and the schedule's state.
+engine can serve, and beside it the optimiser's and the schedule's state, and the stage's where it has any.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OPTIMIZER_FILE = "optimizer.pt"
+STAGE_FILE = "stage.pt"
 TRAINER_FILE = "trainer.json"
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -30,6 +32,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     optimizer: AdamW,
     schedule: LambdaLR,
+    stage: object,
     *,
     keep: int,
 ) -> Path:
@@ -45,6 +48,8 @@ def save(
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, partial / OPTIMIZER_FILE)
+    if isinstance(stage, Stateful):
+        torch.save(stage.state_dict(), partial / STAGE_FILE)
     (partial / TRAINER_FILE).write_text(json.dumps({"num_steps": num_steps}))
     for path in partial.iterdir():
         _flush(path)
@@ -78,6 +83,12 @@ def restore(path: Path, model: PreTrainedModel, optimizer: AdamW, schedule: Lamb
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     return int(json.loads((path / TRAINER_FILE).read_text())["num_steps"])
+
+
+def restore_stage(path: Path, stage: object) -> None:
+    """Gives a stage that has state (`Stateful`) back the state that it had at the checkpoint."""
+    if isinstance(stage, Stateful):
+        stage.load_state_dict(torch.load(path / STAGE_FILE, weights_only=True))
 
 
 def _flush(path: Path) -> None:

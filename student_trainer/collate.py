@@ -9,7 +9,7 @@ of its completion token t, in one slice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -34,6 +34,10 @@ class Batch:
         teacher_logp_BT: float32, the teacher's log-prob of each completion token; None without a teacher.
         teacher_top_BTK, teacher_top_logp_BTK: the teacher's most likely ids and log-probs; None without a teacher.
         teacher_candidate_logp_BTM: the teacher's log-probs at `student_top_BTK`; None without a teacher.
+        advantage_BT: float32, how much better than expected each token was; None where nothing is rewarded.
+        reference_logp_BT: float32, a reference policy's log-prob of each token; None without a reference.
+        weight_BT: float32, what each token's loss is multiplied by; None where every token counts once.
+        old_value_BT, return_BT: float32, the critic's value of each token's state, and its target; None without one.
 
     Padded positions hold token id 0 in the two sequences, PAD_ID in lists of ids, and NaN log-probs.
     """
@@ -48,6 +52,17 @@ class Batch:
     teacher_top_BTK: torch.Tensor | None = None
     teacher_top_logp_BTK: torch.Tensor | None = None
     teacher_candidate_logp_BTM: torch.Tensor | None = None
+    advantage_BT: torch.Tensor | None = None
+    reference_logp_BT: torch.Tensor | None = None
+    weight_BT: torch.Tensor | None = None
+    old_value_BT: torch.Tensor | None = None
+    return_BT: torch.Tensor | None = None
+
+    @classmethod
+    def empty(cls) -> Batch:
+        """A batch of no sequences: nothing to learn from."""
+        ids = torch.zeros((0, 0), dtype=torch.int64)
+        return cls(ids, ids, ids, ids.bool())
 
     @property
     def num_sequences(self) -> int:
@@ -75,10 +90,10 @@ class Batch:
     def token_chunks(self, num_tokens: int) -> Iterator[Batch]:
         """The completion tokens alone, at most `num_tokens` at a time: one sequence [1, C], without prompt or padding.
 
-        Tokens are in the order of the sequences; what a chunk holds of a token does not say where in its sequence it is.
+        Tokens are in the order of the sequences; a chunk does not say where in its sequence a token is.
         """
         rows, columns = self.mask_BT.nonzero(as_tuple=True)
-        for start in range(0, len(row_N), num_tokens):
+        for start in range(0, len(rows), num_tokens):
             chunk = slice(start, start + num_tokens)
             picked = {
                 field.name: value[:1, :0]
@@ -88,6 +103,14 @@ class Batch:
                 if (value := getattr(self, field.name)) is not None
             }
             yield Batch(**picked)
+
+    def updates(self, num_minibatches: int, num_epochs: int) -> Iterator[Batch]:
+        """The batch of each optimiser update: `num_epochs` passes over at most `num_minibatches` equal parts, in order.
+
+        Equal but for the last, which may have fewer sequences; an empty batch gives no update.
+        """
+        for _ in range(num_epochs):
+            yield from self.split(max(1, -(-self.num_sequences // num_minibatches)))
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
@@ -131,6 +154,26 @@ def right_pad(rows: Sequence[np.ndarray], fill: float) -> torch.Tensor:
         padded[i, : len(row)] = row
     tensor = torch.from_numpy(padded)
     return tensor.long() if tensor.dtype == torch.int32 else tensor
+
+
+@torch.no_grad()
+def per_token(
+    of_tokens: Callable[[Batch], torch.Tensor], batch: Batch, micro_batch_size: int, device: torch.device
+) -> torch.Tensor:
+    """What a frozen model says of each completion token, float32 [B, T] on the CPU; NaN where there is no token.
+
+    Args:
+        of_tokens: from a micro-batch on `device` to [B, T].
+        batch: the sequences.
+        micro_batch_size: how many of them at a time.
+        device: where the model is.
+    """
+    rows = [
+        row[mask].float().cpu().numpy()
+        for micro in (part.to(device) for part in batch.split(micro_batch_size))
+        for row, mask in zip(of_tokens(micro), micro.mask_BT, strict=True)
+    ]
+    return right_pad(rows, np.nan)
 
 
 def completion_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from student_trainer import checkpoint
+from student_trainer.collate import Batch
 from student_trainer.config import TrainConfig
 from student_trainer.lm_head import logit_chunks
 from student_trainer.losses import token_mean
@@ -37,11 +38,24 @@ class Learner:
         return cls(student, optimizer, schedule, config.optim.micro_batch_size, config.optim.max_grad_norm)
 
     def step(self, stage: Stage, collected: Collected) -> Row:
-        """Accumulates the step's token mean over micro-batches, clips, and updates the weights once."""
-        model, num_tokens = self.student.model, collected.batch.num_tokens
+        """One update for each of the step's batches; loss, gradient norm and monitors are their means over the updates.
+
+        Without a batch nothing changes: the row has no loss, and warm-up and decay wait for the next step that learns.
+        """
+        row: Row = {"num_tokens": collected.batch.num_tokens, "lr": self.schedule.get_last_lr()[0]}
+        rows = [self._update(stage, batch) for batch in collected.updates()]
+        row["num_updates"] = len(rows)
+        if rows:
+            self.schedule.step()
+            row |= {name: sum(each[name] for each in rows) / len(rows) for name in rows[0]}
+        return row
+
+    def _update(self, stage: Stage, batch: Batch) -> Row:
+        """Accumulates the batch's token mean over micro-batches, clips, and updates the weights once."""
+        model, num_tokens = self.student.model, batch.num_tokens
         model.train()
-        row: Row = {"loss": 0.0, "num_tokens": num_tokens, "lr": self.schedule.get_last_lr()[0]}
-        for micro in collected.batch.split(self.micro_batch_size):
+        row: Row = {"loss": 0.0}
+        for micro in batch.split(self.micro_batch_size):
             micro = micro.to(model.device)
             for logits_BTV, tokens in logit_chunks(model, self.student.head, micro):
                 loss = token_mean(stage.loss(logits_BTV, tokens), tokens.mask_BT, num_tokens)
@@ -55,15 +69,13 @@ class Learner:
         if not (torch.tensor([row["loss"], row["grad_norm"]]).isfinite().all()):
             raise FloatingPointError(f"loss {row['loss']} and gradient norm {row['grad_norm']} must be finite")
         self.optimizer.step()
-        self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return row
 
-    def save(self, folder: Path, num_steps: int, *, keep: int) -> None:
+    def save(self, folder: Path, num_steps: int, stage: Stage, *, keep: int) -> None:
         """See `checkpoint.save`."""
-        checkpoint.save(
-            folder, num_steps, self.student.model, self.student.tokenizer, self.optimizer, self.schedule, keep=keep
-        )
+        model, tokenizer = self.student.model, self.student.tokenizer
+        checkpoint.save(folder, num_steps, model, tokenizer, self.optimizer, self.schedule, stage, keep=keep)
 
     def restore(self, path: Path) -> int:
         """See `checkpoint.restore`."""

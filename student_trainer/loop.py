@@ -42,6 +42,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     run.forget_after(num_done if resumed_from else NOTHING)
     stage = build_stage(config, student, task)
     try:
+        if resumed_from:
+            checkpoint.restore_stage(resumed_from, stage)
         with follow(run, config), Progress(config, start=num_done, quiet=quiet) as progress:
             if not resumed_from:
                 run.log({"step": 0, **_evaluate(student, task, config).metrics()})
@@ -55,7 +57,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
                 run.log(row)
                 run.log_rollouts(_samples(step + 1, collected.rollouts[: config.rollouts_logged], task))
                 if _is_due(step + 1, config.checkpoint.every_steps, config.steps):
-                    learner.save(run.checkpoints, step + 1, keep=config.checkpoint.keep)
+                    learner.save(run.checkpoints, step + 1, stage, keep=config.checkpoint.keep)
                 progress.advance(row)
     finally:
         stage.close()

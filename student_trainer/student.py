@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from protos.fingerprint import tokenizer_fingerprint
 from protos.records import TokenizerFingerprint
@@ -45,17 +45,27 @@ def load_student(config: ModelConfig) -> Student:
     Raises:
         ConfigError: there is no such model, it names no EOS, or its logits cannot be computed by chunks.
     """
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             config.path, revision=config.revision or "main", dtype=getattr(torch, config.dtype)
         )
         tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision or "main")
-        model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+        model.to(_device(config))  # pyright: ignore[reportArgumentType]
         student = Student(model, tokenizer, eos_token_ids(model, tokenizer))
         _ = student.head  # found at load, so that a model that has none is refused here
         return student
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path {config.path!r}: {str(error).splitlines()[0]}") from error
+
+
+def load_backbone(config: ModelConfig) -> PreTrainedModel:
+    """The model without its LM head, in float32."""
+    model: PreTrainedModel = AutoModel.from_pretrained(
+        config.path, revision=config.revision or "main", dtype=torch.float32
+    )
+    return model.to(_device(config))  # pyright: ignore[reportArgumentType]
+
+
+def _device(config: ModelConfig) -> torch.device:
+    is_auto = config.device == "auto"
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if is_auto else config.device)

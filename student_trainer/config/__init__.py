@@ -4,6 +4,7 @@ from student_trainer.config.base import ConfigError, Section
 from student_trainer.config.loss import LossConfig
 from student_trainer.config.model import ModelConfig, OptimConfig
 from student_trainer.config.parse import dump_config, load_config, parse_config
+from student_trainer.config.policy import GrpoStage, PolicyStage, PpoStage
 from student_trainer.config.privileged import (
     AnswerPrivileged,
     IdsPrivileged,
@@ -21,12 +22,15 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "EvalConfig",
+    "GrpoStage",
     "IdsPrivileged",
     "LossConfig",
     "ModelConfig",
     "OpdStage",
     "OpsdStage",
     "OptimConfig",
+    "PolicyStage",
+    "PpoStage",
     "PrivilegedConfig",
     "ReferencePrivileged",
     "RolloutConfig",

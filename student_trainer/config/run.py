@@ -87,7 +87,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _teacher_where_needed(self) -> Self:
-        if self.stage.kind != "sft" and self.teacher is None:
+        if self.stage.kind in ("opd", "opsd") and self.teacher is None:
             raise ValueError(f"stage {self.stage.kind} needs a teacher: set teacher.url or pass --teacher URL")
         return self
 
@@ -96,5 +96,14 @@ class TrainConfig(Section):
         if isinstance(self.privileged, TextPrivileged) and self.privileged.text is None:
             raise ValueError(
                 "privileged information without a text: set the text of its table, or task.privileged_text"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _group_where_needed(self) -> Self:
+        if self.stage.kind == "grpo" and self.rollout.samples_per_problem < 2:
+            raise ValueError(
+                f"stage grpo compares the samples of a problem, and rollout.samples_per_problem is "
+                f"{self.rollout.samples_per_problem}: set it to 2 or more, for example 8"
             )
         return self

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from student_trainer.config.base import Section
 from student_trainer.config.loss import LossConfig
+from student_trainer.config.policy import GrpoStage, PpoStage
 from student_trainer.config.privileged import PrivilegedConfig
 
 
@@ -35,4 +36,4 @@ class OpsdStage(Section):
     loss: LossConfig = LossConfig()
 
 
-StageConfig = Annotated[SftStage | OpdStage | OpsdStage, Field(discriminator="kind")]
+StageConfig = Annotated[SftStage | OpdStage | OpsdStage | GrpoStage | PpoStage, Field(discriminator="kind")]

@@ -81,7 +81,7 @@ def reference_kl(logp_BT: Tensor, reference_logp_BT: Tensor, mask_BT: Tensor) ->
 
     In value an unbiased estimate of KL(p || p_ref) from tokens of p (Schulman, "Approximating KL Divergence", 2020),
     added to the loss by GRPO (arXiv:2402.03300, eq. 4). Gradient with respect to log p: 1 - p_ref / p, which is in
-    expectation that of KL(p_ref || p).
+    expectation that of KL(p_ref || p). (TRL multiplies it by the ratio unless `use_bias_correction_kl` is false.)
 
     Raises:
         ValueError: the shapes differ, or a reference log-prob is missing (NaN) on a token that counts.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from student_trainer.config import SftStage, StageConfig, TrainConfig
+from student_trainer.config import OpdStage, OpsdStage, PolicyStage, SftStage, StageConfig, TrainConfig
 from student_trainer.report.draw import Curve, Draw, draw_lines, draw_smoothed, draw_stack
 from student_trainer.report.headline import TIMES
 from student_trainer.report.record import RunRecord
@@ -112,6 +112,10 @@ def _learning(config: TrainConfig) -> list[Panel]:
 def _loss_caption(stage: StageConfig) -> str:
     if isinstance(stage, SftStage):
         return "Negative log-likelihood of the references, nats a token."
+    if isinstance(stage, PolicyStage):
+        return (
+            "Clipped surrogate: its gradient is what counts. Its value says little; progress is read from the reward."
+        )
     match stage.loss.kind:
         case "stop_gradient_reverse_kl":
             return (
@@ -122,10 +126,12 @@ def _loss_caption(stage: StageConfig) -> str:
             return "KL(p ‖ q) over the whole vocabulary (p student, q teacher), nats a token."
         case "forward_kl":
             return "KL(q ‖ p) over the whole vocabulary (p student, q teacher), nats a token."
+        case _:
+            return f"The value of {stage.loss.kind}, by which the student is stepped."
 
 
 def _agreement(stage: StageConfig) -> list[Panel]:
-    if isinstance(stage, SftStage):
+    if not isinstance(stage, OpdStage | OpsdStage):
         return []
     return [
         Panel(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,22 +22,33 @@ class Collected:
         batch: what to learn from.
         rollouts: what the student wrote; empty when it wrote nothing.
         metrics: of the data, by name.
+        num_minibatches, num_epochs: how many optimiser updates it is for; see `Batch.updates`.
     """
 
     batch: Batch
     rollouts: Sequence[Rollout] = ()
     metrics: Metrics = field(default_factory=dict)
+    num_minibatches: int = 1
+    num_epochs: int = 1
+
+    def updates(self) -> Iterator[Batch]:
+        """The batch of each optimiser update of the step, in order; none when there is nothing to learn from."""
+        return self.batch.updates(self.num_minibatches, self.num_epochs)
 
 
 class Stage(Protocol):
-    """One way to learn. A stage holds no state that a resumed run would miss: step s depends on s and the weights."""
+    """One way to learn. Step s depends on s and the weights alone.
+
+    A stage that has more state than that, as PPO's critic, is also a `torch.distributed.checkpoint.stateful.Stateful`:
+    every checkpoint keeps its `state_dict()`, and a resumed run gives it back before the next step.
+    """
 
     def collect(self, step: int) -> Collected:
-        """The data of step s, counted from 0."""
+        """The data of step s, counted from 0; with an empty batch the step changes nothing."""
         ...
 
     def loss(self, logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The loss of every completion token, [B, T]; the loop takes the token mean over the whole step."""
+        """The loss of every completion token, [B, T]; the loop takes the token mean over each update."""
         ...
 
     def watch(self, logits_BTV: torch.Tensor, batch: Batch) -> Metrics:

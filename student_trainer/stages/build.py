@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from protos.credentials import Tls
-from student_trainer.config import OpdStage, OpsdStage, RolloutConfig, SftStage, TrainConfig
+from student_trainer.config import (
+    GrpoStage,
+    OpdStage,
+    OpsdStage,
+    PolicyStage,
+    PpoStage,
+    RolloutConfig,
+    SftStage,
+    TrainConfig,
+)
 from student_trainer.privileged import privileged_of, refusals
 from student_trainer.rollout.base import Sampler, SamplingParams
 from student_trainer.rollout.remote import RemoteSampler
 from student_trainer.rollout.transformers import TransformersSampler
 from student_trainer.scoring import Scorer, TeacherMismatch
+from student_trainer.sequence_logp import sequence_logp
+from student_trainer.stages.actor import Actor
 from student_trainer.stages.base import Stage
+from student_trainer.stages.critic import Critic
+from student_trainer.stages.grpo import Grpo
 from student_trainer.stages.objective import Objective
 from student_trainer.stages.opd import Opd
+from student_trainer.stages.ppo import Ppo
 from student_trainer.stages.sft import Sft
-from student_trainer.student import Student
+from student_trainer.stages.surrogate import Reference, Surrogate
+from student_trainer.student import Student, load_backbone, load_student
 from student_trainer.tasks import Task
 from student_trainer.text import render_prompt
 
@@ -30,6 +47,18 @@ def build_stage(config: TrainConfig, student: Student, task: Task) -> Stage:
             return Sft(student, task.train, problems_per_step=config.problems_per_step, seed=config.seed)
         case OpdStage() | OpsdStage():
             return _build_opd(config, config.stage, student, task)
+        case GrpoStage():
+            stage, reference = config.stage, _build_reference(config, config.stage)
+            surrogate = _build_surrogate(stage, config.rollout.temperature, kl_coefficient=stage.kl_coefficient)
+            actor = _build_actor(config, stage, student, task)
+            return Grpo(stage, actor, surrogate, reference, group_size=config.rollout.samples_per_problem)
+        case PpoStage():
+            stage, reference = config.stage, _build_reference(config, config.stage)
+            # The penalty is in the rewards, not in the loss.
+            surrogate = _build_surrogate(stage, config.rollout.temperature, kl_coefficient=0.0)
+            optim = config.optim.model_copy(update={"lr": stage.critic_lr})
+            critic = Critic(load_backbone(config.model), optim, clip=stage.value_clip)
+            return Ppo(stage, _build_actor(config, stage, student, task), surrogate, critic, reference)
 
 
 def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Student, task: Task) -> Opd:
@@ -40,7 +69,7 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
     if told is not None:
         for problem in task.train:  # a problem without what the teacher is to be told is found now, not at its step
             told(problem)
-    longest_prompt = max(len(render_prompt(student.tokenizer, problem.messages)) for problem in task.train)
+    longest_prompt = _longest_prompt(student, task)
     scorer = Scorer(
         config.teacher.url,
         temperature=rollout.temperature,
@@ -83,6 +112,12 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
         num_steps=config.steps,
         checkpoint_every=config.checkpoint.every_steps,
         max_staleness=rollout.max_staleness,
+        current_logp=partial(
+            sequence_logp,
+            student.model,
+            temperature=rollout.temperature,
+            micro_batch_size=config.optim.micro_batch_size,
+        ),
     )
 
 
@@ -100,3 +135,41 @@ def build_sampler(config: RolloutConfig, student: Student, longest_prompt: int) 
         max_context_tokens=longest_prompt + config.max_new_tokens,
         timeout_s=config.timeout_s,
     )
+
+
+def _build_actor(config: TrainConfig, stage: PolicyStage, student: Student, task: Task) -> Actor:
+    rollout = config.rollout
+    sampling = SamplingParams(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        num_samples=rollout.samples_per_problem,
+    )
+    sampler = build_sampler(rollout, student, _longest_prompt(student, task))
+    return Actor(
+        task,
+        sampler,
+        sampling,
+        truncated=stage.truncated,
+        problems_per_step=config.problems_per_step,
+        seed=config.seed,
+    )
+
+
+def _build_surrogate(stage: PolicyStage, temperature: float, *, kl_coefficient: float) -> Surrogate:
+    return Surrogate(
+        clip_low=stage.clip_low, clip_high=stage.clip_high, kl_coefficient=kl_coefficient, temperature=temperature
+    )
+
+
+def _build_reference(config: TrainConfig, stage: PolicyStage) -> Reference | None:
+    """The model of step 0, loaded anew; None where nothing is to stay close to it."""
+    if stage.kl_coefficient == 0:
+        return None
+    model = load_student(config.model).model
+    return Reference(model, temperature=config.rollout.temperature, micro_batch_size=config.optim.micro_batch_size)
+
+
+def _longest_prompt(student: Student, task: Task) -> int:
+    """Tokens of the longest prompt that the student is trained on."""
+    return max(len(render_prompt(student.tokenizer, problem.messages)) for problem in task.train)

@@ -7,19 +7,19 @@ rollouts alone; the rollout itself is not differentiated through.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from protos.records import ScoreResult
-from student_trainer import losses, monitor
 from student_trainer.collate import Batch, collate
 from student_trainer.pipeline import Pipeline
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
 from student_trainer.scoring import Scorer
 from student_trainer.seeds import pick, rollout_seeds
+from student_trainer.stages.actor import describe
 from student_trainer.stages.base import Collected, Metrics
 from student_trainer.stages.objective import Objective
 from student_trainer.tasks import Task
@@ -68,7 +68,12 @@ class _Scoring:
 
 
 class Opd:
-    """Rollouts of the student, scored by whatever teacher `scorer` reaches."""
+    """Rollouts of the student, scored by whatever teacher `scorer` reaches.
+
+    Args:
+        current_logp: how likely the student of now finds each completion token, [B, T] in nats; needed where rollouts
+            may be stale.
+    """
 
     def __init__(
         self,
@@ -83,6 +88,7 @@ class Opd:
         num_steps: int,
         checkpoint_every: int,
         max_staleness: int = 0,
+        current_logp: Callable[[Batch], torch.Tensor] | None = None,
     ) -> None:
         self._task = task
         self._sampler = sampler
@@ -91,7 +97,7 @@ class Opd:
         self._objective = objective
         self._problems_per_step = problems_per_step
         self._seed = seed
-        self._max_staleness = max_staleness
+        self._current_logp = current_logp
         self._pipeline = Pipeline(
             self._begin, max_staleness=max_staleness, num_steps=num_steps, checkpoint_every=checkpoint_every
         )
@@ -102,17 +108,15 @@ class Opd:
         batch = collate_scored(written.rollouts, written.results)
         metrics = {"rollout_s": written.rollout_s, "score_s": written.waited_s, "staleness": float(staleness)}
         metrics["scored_tokens_per_s"] = batch.num_tokens / written.score_s
-        return Collected(batch, written.rollouts, self._describe(batch, written.rollouts) | metrics)
+        rewards = [self._task.reward(rollout.problem, rollout.text) for rollout in written.rollouts]
+        return Collected(
+            self._weighted(batch, staleness), written.rollouts, describe(written.rollouts, rewards) | metrics
+        )
 
     def loss(self, logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """See `Objective.loss`; weighted by `prefix_weights` where rollouts may be stale."""
+        """See `Objective.loss`; weighted by `prefix_weights` where the rollouts are stale."""
         loss_BT = self._objective.loss(logits_BTV, batch)
-        if self._max_staleness == 0:
-            return loss_BT
-        assert batch.sampled_logp_BT is not None
-        logp_BTV = losses.log_probs(logits_BTV.detach(), self._sampling.temperature)
-        logp_BT = logp_BTV.gather(-1, batch.completion_ids_BT[..., None])[..., 0]
-        return prefix_weights(logp_BT, batch.sampled_logp_BT, batch.mask_BT) * loss_BT
+        return loss_BT if batch.weight_BT is None else batch.weight_BT * loss_BT
 
     def watch(self, logits_BTV: torch.Tensor, batch: Batch) -> Metrics:
         """See `Objective.watch`."""
@@ -124,6 +128,15 @@ class Opd:
         self._scorer.close()
         self._sampler.close()
 
+    def _weighted(self, batch: Batch, staleness: int) -> Batch:
+        """`batch` with its weights; what the weights of now have written has none."""
+        if staleness == 0:
+            return batch
+        assert self._current_logp is not None
+        assert batch.sampled_logp_BT is not None
+        weight_BT = prefix_weights(self._current_logp(batch), batch.sampled_logp_BT, batch.mask_BT)
+        return replace(batch, weight_BT=weight_BT)
+
     def _begin(self, step: int) -> _Scoring:
         """Writes step s's rollouts with the weights of now, and has them scored while the caller goes on."""
         problems = pick(self._task.train, self._problems_per_step, step, self._seed)
@@ -132,18 +145,6 @@ class Opd:
         rollouts = self._sampler.sample(problems, self._sampling, seeds=seeds)
         sampled = time.perf_counter()
         return _Scoring(rollouts, sampled - started, self._scorer.start(rollouts, self._objective.wanted), sampled)
-
-    def _describe(self, batch: Batch, rollouts: Sequence[Rollout]) -> Metrics:
-        lengths = monitor.lengths(batch.mask_BT, torch.tensor([rollout.is_finished for rollout in rollouts]))
-        rewards = [self._task.reward(rollout.problem, rollout.text) for rollout in rollouts]
-        return {
-            "reward": sum(rewards) / len(rewards),
-            "length_mean": lengths.mean,
-            "length_p95": lengths.p95,
-            "truncation_rate": lengths.truncation_rate,
-            "hedge_frequency": monitor.hedge_frequency([rollout.text for rollout in rollouts], batch.num_tokens),
-            "repeat_ratio": monitor.repeat_ratio([rollout.completion_ids.tolist() for rollout in rollouts]),
-        }
 
 
 def prefix_weights(logp_BT: torch.Tensor, behaviour_logp_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from student_trainer import checkpoint
 from student_trainer.config import dump_config, load_config, parse_config
+from student_trainer.loop import train
+from student_trainer.report import write_report
 from student_trainer.run_folder import read_rows
 from student_trainer.study.teacher_process import teacher_process
 from student_trainer.study.toy import build_toy_model
@@ -132,3 +135,57 @@ def test_opd_with_rollouts_ahead_resumes_bit_for_bit(tmp_path, model, teacher):
     assert_resumes_bit_for_bit(unbroken, broken, killed_after=(5,))
     rows = read_rows(unbroken.parent / "run" / "metrics.jsonl")
     assert [row["staleness"] for row in rows[1:]] == [0, 1, 1] * 4
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory) -> Path:
+    """A model that knows the form of an answer and guesses the sum: some rewards are 1, some 0."""
+    folder = tmp_path_factory.mktemp("warm")
+    initial = build_toy_model(folder / "initial", hidden_size=32, num_layers=1)
+    sft = write_config(folder / "sft", initial, {"kind": "sft"}, steps=60, task=SMALL_SUMS, problems_per_step=32)
+    return train(load_config(sft), quiet=True)
+
+
+SMALL_SUMS = {
+    "kind": "toy",
+    "train_size": 60,
+    "held_out_size": 20,
+    "min_terms": 2,
+    "max_terms": 3,
+    "max_operand": 5,
+    "rule_rate": 1.0,
+    "rules": ["terse"],
+}
+
+
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_a_stage_that_learns_from_rewards_resumes_bit_for_bit(tmp_path, warm, kind):
+    """The critic's weights and optimiser among what is kept: step 6's advantages come from what step 5 taught it."""
+    stage = {"kind": kind, "num_minibatches": 2, "kl_coefficient": 0.05, "truncated": "punish"}
+    unbroken, broken = (
+        write_config(
+            tmp_path / name,
+            warm,
+            stage,
+            steps=8,
+            task=SMALL_SUMS,
+            rollout={"max_new_tokens": 6, "samples_per_problem": 4},
+            optim={"lr": 1e-3, "micro_batch_size": 16},
+        )
+        for name in ("unbroken", "broken")
+    )
+    kill_after_step(broken, 5)  # after the checkpoint of step 3
+    for config in (unbroken, broken):
+        train(load_config(config), quiet=True)
+    rows, rollouts, weights = outcome(unbroken)
+    broken_rows, broken_rollouts, broken_weights = outcome(broken)
+    assert sum(row["num_updates"] > 0 for row in rows[1:]) >= 4
+    assert broken_rows == rows
+    assert broken_rollouts == rollouts
+    assert all(weights[name].equal(broken_weights[name]) for name in weights)
+    states = [checkpoint.found(c.parent / "run" / "checkpoints")[-1] / "stage.pt" for c in (unbroken, broken)]
+    assert [path.exists() for path in states] == [kind == "ppo"] * 2
+    if kind == "ppo":
+        whole, resumed = (torch.load(path, weights_only=True)["model"] for path in states)
+        assert all(tensor.equal(resumed[name]) for name, tensor in whole.items())
+    write_report(unbroken.parent / "run")

@@ -41,7 +41,7 @@ def test_every_shipped_config_is_valid_and_survives_a_round_trip(path, tmp_path)
 
 
 def test_there_are_shipped_configs():
-    assert {path.stem for path in SHIPPED} >= {"sft", "opd", "opsd"}
+    assert {path.stem for path in SHIPPED} >= {"sft", "opd", "opsd", "grpo", "ppo"}
 
 
 @pytest.mark.parametrize(

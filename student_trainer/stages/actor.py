@@ -1,0 +1,118 @@
+"""The step's rollouts and their rewards: what every stage learns from that learns from rewards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from student_trainer import monitor
+from student_trainer.collate import Batch, collate, right_pad
+from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
+from student_trainer.seeds import pick, rollout_seeds
+from student_trainer.stages.base import Metrics
+from student_trainer.tasks import Task
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One step's rollouts, the samples of a problem next to each other.
+
+    Attributes:
+        rollouts: B of them.
+        reward_B: float32, what each is learnt to be worth.
+        learnt_B: bool, False where a rollout is left out of the loss because the budget cut it.
+        metrics: of all of them, by name; `reward` is the task's own.
+    """
+
+    rollouts: Sequence[Rollout]
+    reward_B: torch.Tensor
+    learnt_B: torch.Tensor
+    metrics: Metrics
+
+
+class Actor:
+    """Writes each step's rollouts with the student's weights and has the task reward them.
+
+    Args:
+        truncated: what becomes of a completion cut at the budget; see `PolicyStage.truncated`.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        sampler: Sampler,
+        sampling: SamplingParams,
+        *,
+        truncated: Literal["mask", "punish"],
+        problems_per_step: int,
+        seed: int,
+    ) -> None:
+        self._task = task
+        self._sampler = sampler
+        self._sampling = sampling
+        self._truncated = truncated
+        self._problems_per_step = problems_per_step
+        self._seed = seed
+
+    def act(self, step: int) -> Experience:
+        """Step s's rollouts and rewards."""
+        problems = pick(self._task.train, self._problems_per_step, step, self._seed)
+        started = time.perf_counter()
+        seeds = rollout_seeds(self._seed, step, self._problems_per_step)
+        rollouts = self._sampler.sample(problems, self._sampling, seeds=seeds)
+        sampled = time.perf_counter()
+        rewards = [self._task.reward(rollout.problem, rollout.text) for rollout in rollouts]
+        finished_B = torch.tensor([rollout.is_finished for rollout in rollouts])
+        reward_B = torch.tensor(rewards, dtype=torch.float32)
+        is_masking = self._truncated == "mask"
+        return Experience(
+            rollouts,
+            reward_B if is_masking else reward_B.masked_fill(~finished_B, 0.0),
+            finished_B if is_masking else torch.ones_like(finished_B),
+            {
+                **describe(rollouts, rewards),
+                "sampled_tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
+                "rollout_s": sampled - started,
+            },
+        )
+
+    def close(self) -> None:
+        """Closes the connection to a remote sampler."""
+        self._sampler.close()
+
+
+def describe(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> Metrics:
+    """The text of a step in figures: reward, lengths, hedges, repeats."""
+    ids = [rollout.completion_ids for rollout in rollouts]
+    mask_BT = right_pad([np.ones(len(row), bool) for row in ids], False)
+    lengths = monitor.lengths(mask_BT, torch.tensor([rollout.is_finished for rollout in rollouts]))
+    return {
+        "reward": sum(rewards) / len(rewards),
+        "length_mean": lengths.mean,
+        "length_p95": lengths.p95,
+        "truncation_rate": lengths.truncation_rate,
+        "hedge_frequency": monitor.hedge_frequency([rollout.text for rollout in rollouts], int(mask_BT.sum())),
+        "repeat_ratio": monitor.repeat_ratio([row.tolist() for row in ids]),
+    }
+
+
+def collate_written(rollouts: Sequence[Rollout], advantage_B: torch.Tensor | None = None) -> Batch:
+    """One batch of the rollouts, in order, each token with its sequence's advantage; empty without a rollout."""
+    if not rollouts:
+        return Batch.empty()
+    completions = [rollout.completion_ids for rollout in rollouts]
+    advantages = None
+    if advantage_B is not None:
+        pairs = zip(completions, advantage_B.tolist(), strict=True)
+        advantages = [np.full(len(ids), advantage, np.float32) for ids, advantage in pairs]
+    return collate(
+        [rollout.prompt_ids for rollout in rollouts],
+        completions,
+        sampled_logp_BT=[rollout.logprobs for rollout in rollouts],
+        advantage_BT=advantages,
+    )

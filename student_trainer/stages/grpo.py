@@ -1,0 +1,69 @@
+"""Group-relative policy optimisation: the samples of a problem are judged against each other.
+
+Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300; with the clip-higher, the dynamic filtering and the token mean of
+DAPO (Yu et al. 2025, arXiv:2503.14476). The old log-probs are the sampler's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from student_trainer.collate import Batch
+from student_trainer.config import GrpoStage
+from student_trainer.losses.policy import group_advantages
+from student_trainer.stages.actor import Actor, collate_written
+from student_trainer.stages.base import Collected, Metrics
+from student_trainer.stages.surrogate import Reference, Surrogate
+
+
+class Grpo:
+    """Groups of rollouts, each token with its sequence's advantage; `reference` is None without a KL term."""
+
+    def __init__(
+        self, config: GrpoStage, actor: Actor, surrogate: Surrogate, reference: Reference | None, *, group_size: int
+    ) -> None:
+        self._config = config
+        self._actor = actor
+        self._surrogate = surrogate
+        self._reference = reference
+        self._group_size = group_size
+
+    def collect(self, step: int) -> Collected:
+        """Step s's rollouts, without the groups and completions that are not learnt from."""
+        experience = self._actor.act(step)
+        reward_PG = experience.reward_B.view(-1, self._group_size)
+        advantage_PG = group_advantages(reward_PG, divide_by_std=self._config.divide_by_std)
+        dropped_P = torch.zeros(len(reward_PG), dtype=torch.bool)
+        if self._config.drop_equal_groups:
+            # Advantages are exactly 0 in such a group, and in no other.
+            dropped_P = ~advantage_PG.any(-1)
+        kept_B = experience.learnt_B & ~dropped_P.repeat_interleave(self._group_size)
+        rollouts = [rollout for rollout, is_kept in zip(experience.rollouts, kept_B, strict=True) if is_kept]
+        batch = collate_written(rollouts, advantage_PG.flatten()[kept_B])
+        if self._reference and rollouts:
+            batch = dataclasses.replace(batch, reference_logp_BT=self._reference.log_probs(batch))
+        return Collected(
+            batch,
+            experience.rollouts,
+            {
+                **experience.metrics,
+                "groups_dropped": int(dropped_P.sum()),
+                "rollouts_masked": int((~experience.learnt_B).sum()),
+            },
+            num_minibatches=self._config.num_minibatches,
+            num_epochs=self._config.num_epochs,
+        )
+
+    def loss(self, logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """See `Surrogate.loss`."""
+        return self._surrogate.loss(logits_BTV, batch)
+
+    def watch(self, logits_BTV: torch.Tensor, batch: Batch) -> Metrics:
+        """See `Surrogate.watch`."""
+        return self._surrogate.watch(logits_BTV, batch)
+
+    def close(self) -> None:
+        """Closes the connection to a remote sampler."""
+        self._actor.close()
