@@ -75,10 +75,10 @@ class Batch:
     def token_chunks(self, num_tokens: int) -> Iterator[Batch]:
         """The completion tokens alone, at most `num_tokens` at a time: one sequence [1, C], without prompt or padding.
 
-        Tokens are in the order of the sequences; what a chunk holds of a token does not say where in its sequence it is.
+        Tokens are in the order of the sequences; where in its sequence a token stands, a chunk does not say.
         """
         rows, columns = self.mask_BT.nonzero(as_tuple=True)
-        for start in range(0, len(row_N), num_tokens):
+        for start in range(0, len(rows), num_tokens):
             chunk = slice(start, start + num_tokens)
             picked = {
                 field.name: value[:1, :0]
