@@ -148,23 +148,15 @@ def init(recipe: str, *, task: str = "jsonl", out: Path | None = None) -> None:
 
 
 @app.command
-def report(*runs: Annotated[Path, Parameter(negative=())], out: Path | None = None) -> None:
-    """Write RUN/report.html and RUN/plots from what RUN has logged so far; or compare several runs in one page.
+def report(run: Path) -> None:
+    """Write RUN/report.html and RUN/plots from what RUN has logged so far.
 
     Args:
-        runs: One run folder, or several.
-        out: The comparison's file; without it comparison.html beside the first run.
+        run: A run folder.
     """
-    from student_trainer.report import write_comparison, write_report
+    from student_trainer.report import write_report
 
-    match runs:
-        case ():
-            raise ConfigError("report needs a run folder, or several to compare")
-        case (run,):
-            path = write_report(run)
-        case _:
-            path = write_comparison(runs, out or runs[0].parent / "comparison.html")
-    Console().print(str(path), highlight=False, soft_wrap=True)
+    Console().print(str(write_report(run)), highlight=False, soft_wrap=True)
 
 
 def main() -> None:
