@@ -21,6 +21,7 @@ TRIED = ("x", 1, 0.5, [1])
 def filled(text: str) -> TrainConfig:
     """Every placeholder replaced, key by key, by the first value that the config's own errors do not name."""
     for _ in range(text.count(f'"{PLACEHOLDER}"')):
+        candidate = text
         for value in TRIED:
             candidate = text.replace(f'"{PLACEHOLDER}"', repr(value).replace("'", '"'), 1)
             try:

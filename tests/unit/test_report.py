@@ -1,5 +1,7 @@
 import base64
 import math
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -324,3 +326,25 @@ def test_page_shows_alarms_words_and_advantages(tmp_path: Path) -> None:
     assert '<span class="a0" title="&#39;so &#39;: +0.25 nats">so </span>' in page.source
     assert "Mean teacher advantage -4.38 nats; lowest: '<wait>' (-9.00), 'so ' (+0.25)." in page.text
     assert (run.path / "plots" / "clip_fraction.png").exists()
+
+
+BROWSER = shutil.which("chromium")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="chromium is not installed: the report is not looked at in a browser")
+@pytest.mark.slow
+def test_page_in_a_browser_is_drawn_without_an_error(opd_page: Page, tmp_path: Path) -> None:
+    assert BROWSER is not None
+    picture = tmp_path / "report.png"
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --enable-logging=stderr --window-size=1200,3000"
+    )
+    command = [BROWSER, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}"]
+    done = subprocess.run([*command, opd_page.path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    # The page's own policy forbids every request; one that was tried would stand on the console.
+    assert "CONSOLE" not in done.stderr
+    with Image.open(picture) as image:
+        assert image.size == (1200, 3000)
+        colors = {color for _, color in image.convert("RGB").getcolors(maxcolors=2**24) or []}
+    assert colors & CURVE_COLORS, "no curve is drawn"
