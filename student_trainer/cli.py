@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import json as jsonlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -72,7 +73,78 @@ def evaluate(
         soft_wrap=True,
     )
     if output:
-        output.write_text(json.dumps({"model": path, **result.metrics()}, indent=2) + "\n")
+        output.write_text(jsonlib.dumps({"model": path, **result.metrics()}, indent=2) + "\n")
+
+
+@app.command
+def generate(
+    source: str,
+    *overrides: Annotated[str, Parameter()],
+    prompt: Annotated[list[str], Parameter(negative=())],
+    system: str | None = None,
+    samples: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Print what a student writes.
+
+    Args:
+        source: A config or a run folder, of which the last checkpoint writes; or a model's folder or Hub id.
+        overrides: KEY.PATH=VALUE for a config, as for train.
+        prompt: What the user says; give it again for another prompt.
+        system: A system message before every prompt.
+        samples: Completions of each prompt.
+        temperature: 0 is greedy.
+        top_p: Nucleus; 1 keeps everything.
+        max_new_tokens: The budget of a completion, in tokens.
+        seed: Of the samples.
+        json: One JSON object a completion, each on its line.
+    """
+    model = _model_of(source, overrides)
+    from student_trainer.generate import generate as write
+    from student_trainer.generate import show, to_json
+    from student_trainer.progress import quiet_libraries
+    from student_trainer.rollout.base import SamplingParams
+
+    quiet_libraries()
+    params = SamplingParams(max_new_tokens, temperature, top_p, num_samples=samples)
+    rollouts = write(model, prompt, params, system=system, seed=seed)
+    if json:
+        sys.stdout.writelines(to_json(rollout) + "\n" for rollout in rollouts)
+    else:
+        show(Console(), model.path, rollouts)
+
+
+@app.command
+def export(run: Path, *, out: Path) -> None:
+    """Write a student as a plain model folder, which transformers and vLLM load.
+
+    Args:
+        run: A run folder, of which the last checkpoint is taken, or a checkpoint.
+        out: The new folder.
+    """
+    from student_trainer.export import export as write
+
+    Console().print(str(write(run, out)), highlight=False, soft_wrap=True)
+
+
+@app.command
+def init(recipe: str, *, task: str = "jsonl", out: Path | None = None) -> None:
+    """Write a commented config to fill in.
+
+    Args:
+        recipe: The stage: sft, opd, opsd and so on; a wrong one is answered with all there are.
+        task: Where the problems come from: jsonl, dataset, reasoning_gym, toy.
+        out: The new file; without it RECIPE.toml.
+    """
+    from student_trainer.init import write_config
+
+    path = out or Path(f"{recipe}.toml")
+    write_config(recipe, task, path)
+    Console().print(f"{path}: fill it in, then student-trainer train {path}", highlight=False, soft_wrap=True)
 
 
 @app.command
@@ -99,10 +171,19 @@ def main() -> None:
         sys.exit(130)
 
 
+def _model_of(source: str, overrides: Sequence[str]) -> ModelConfig:
+    """The last checkpoint of a config or a run folder, or the model that `source` itself names."""
+    config = Path(source) / "config.toml" if (Path(source) / "checkpoints").is_dir() else Path(source)
+    if config.suffix != ".toml":
+        return ModelConfig(path=source)
+    settings = load_config(config, overrides)
+    return ModelConfig(**{**settings.model.model_dump(), "path": _last_checkpoint(settings), "revision": None})
+
+
 def _last_checkpoint(settings: TrainConfig) -> str:
     from student_trainer import checkpoint
 
     found = checkpoint.found(Path(settings.run) / "checkpoints")
     if not found:
-        raise ConfigError(f"run {settings.run} has no checkpoint: train it first, or pass --model")
+        raise ConfigError(f"run {settings.run} has no checkpoint: train it first, or name a model")
     return str(found[-1])

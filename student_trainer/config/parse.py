@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from pydantic import ValidationError
 
 from student_trainer.config.base import ConfigError
 from student_trainer.config.run import TrainConfig
+
+PLACEHOLDER = "<fill in>"
+"""Stands for a value that must be given, in a config that `student-trainer init` wrote."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -29,6 +32,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     for override in overrides:
         _override(tables, override)
+    if missing := list(_placeholders(tables)):
+        raise ConfigError(f"{path}: still to be filled in: {', '.join(missing)}")
     return parse_config(tables)
 
 
@@ -47,6 +52,15 @@ def parse_config(tables: dict[str, Any]) -> TrainConfig:
 def dump_config(config: TrainConfig) -> str:
     """The resolved config as TOML; None is left out."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, by_alias=True))
+
+
+def _placeholders(tables: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys whose value is still PLACEHOLDER."""
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            yield from _placeholders(value, f"{prefix}{key}.")
+        elif value == PLACEHOLDER:
+            yield prefix + key
 
 
 def _override(tables: dict[str, Any], override: str) -> None:

@@ -12,7 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from student_trainer.report.alarms import Mark
 from student_trainer.report.series import Series, running_median, window_of
+from student_trainer.report.words import Sample, Word
 
 SIZE_IN = (5.2, 2.9)
 """Width and height in inches."""
@@ -25,13 +27,22 @@ MARGINS = {"left": 0.15, "right": 0.985, "bottom": 0.16, "top": 0.84}
 
 INK, GRID = "#24292f", "#d8dee4"
 
-COLORS = ("#0072b2", "#d55e00", "#009e73")
-"""Told apart in any colour vision: blue, vermilion and green of Okabe and Ito, "Color Universal Design", 2008."""
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Told apart in any colour vision: Okabe and Ito, "Color Universal Design", 2008."""
+
+ALARM = "#b3261e"
+"""The lines of alarms; their letters tell them from a curve."""
+
+MARK_GAP = 0.035
+"""Letters nearer to each other than this share of the axis stand on two heights."""
+
+MAX_WORD = 24
+"""Letters of a word that a plot has room for."""
 
 MAX_MARKED = 40
 """Values of a curve that are marked one by one; more would run into each other."""
 
-LINE_STYLES = ("-", "--", ":")
+LINE_STYLES = ("-", "--", ":", "-.", "-", "--", ":")
 """So that two curves differ by more than colour."""
 
 
@@ -47,8 +58,8 @@ class Curve:
 Draw = Callable[[Axes, Sequence[Curve]], None]
 
 
-def png(draw: Draw, curves: Sequence[Curve], unit: str) -> bytes:
-    """The PNG file of one plot over steps, dark on white; `unit` names the other axis."""
+def png(draw: Draw, curves: Sequence[Curve], unit: str, marks: Sequence[Mark] = (), *, legend: bool = True) -> bytes:
+    """The PNG file of one plot over steps, dark on white; `unit` names the other axis, `marks` are drawn as lines."""
     figure = Figure(figsize=SIZE_IN, dpi=DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     figure.subplots_adjust(**MARGINS)
@@ -65,10 +76,67 @@ def png(draw: Draw, curves: Sequence[Curve], unit: str) -> bytes:
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
-    figure.legend(loc="upper left", ncols=4, frameon=False, labelcolor=INK, fontsize=8, handlelength=1.4)
+    _draw_marks(axes, marks)
+    if legend:
+        figure.legend(loc="upper left", ncols=4, frameon=False, labelcolor=INK, fontsize=8, handlelength=1.4)
+    return _file(canvas)
+
+
+def png_of_words(words: Sequence[Word], samples: Sequence[Sample]) -> bytes:
+    """Horizontal dumbbells: each word's frequency in the first, the middle and the last steps."""
+    figure = Figure(figsize=(SIZE_IN[0] * 2, 0.9 + 0.3 * len(words)), dpi=DPI, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    rows = np.arange(len(words))[::-1]
+    for row, word in zip(rows, words, strict=True):
+        axes.plot([min(word.per_thousand), max(word.per_thousand)], [row, row], color=GRID, linewidth=3, zorder=1)
+    for index, (sample, marker) in enumerate(zip(samples, "osD", strict=True)):
+        label = f"steps {sample.first} to {sample.last}" if sample.first != sample.last else f"step {sample.first}"
+        values = [word.per_thousand[index] for word in words]
+        axes.plot(values, rows, marker, color=COLORS[index], markersize=6, label=label, zorder=2)
+    axes.set_yticks(rows, [f"{word.text[:MAX_WORD]}{' (hedge)' if word.is_hedge else ''}" for word in words])
+    for tick, word in zip(axes.get_yticklabels(), words, strict=True):
+        tick.set_fontweight("bold" if word.is_hedge else "normal")
+    axes.set_xlabel("of 1,000 words", color=INK)
+    axes.set_ylim(-0.7, len(words) - 0.3)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(color=GRID, linewidth=0.6, axis="x")
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, labelcolor=INK, fontsize=9, handletextpad=0.2
+    )
+    figure.tight_layout()
+    return _file(canvas)
+
+
+def _file(canvas: FigureCanvasAgg) -> bytes:
     file = BytesIO()
     canvas.print_png(file, metadata={"Software": None})
     return file.getvalue()
+
+
+def _draw_marks(axes: Axes, marks: Sequence[Mark]) -> None:
+    """A dashed line where a stretch of alarms begins, a tint as long as it lasts, and its letter inside the plot."""
+    low, high = axes.get_xlim()
+    last_at, height = -np.inf, 0
+    for mark in marks:
+        if mark.last_step > mark.step:
+            axes.axvspan(mark.step, mark.last_step, color=ALARM, alpha=0.08, linewidth=0)
+        axes.axvline(mark.step, color=ALARM, linewidth=1, linestyle=(0, (4, 2)))
+        height = 1 - height if mark.step - last_at < MARK_GAP * (high - low) else 0
+        last_at = mark.step
+        axes.annotate(
+            mark.letter,
+            (mark.step, 0.99 - 0.09 * height),
+            xycoords=("data", "axes fraction"),
+            xytext=(2, 0),
+            textcoords="offset points",
+            color=ALARM,
+            fontsize=8,
+            fontweight="bold",
+            va="top",
+        )
 
 
 def draw_lines(axes: Axes, curves: Sequence[Curve]) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from student_trainer.config import OpdStage, OpsdStage, PolicyStage, SftStage, StageConfig, TrainConfig
+from student_trainer.config import LossConfig, StageConfig, TrainConfig
 from student_trainer.report.draw import Curve, Draw, draw_lines, draw_smoothed, draw_stack
 from student_trainer.report.headline import TIMES
 from student_trainer.report.record import RunRecord
 from student_trainer.report.series import series_of
 from student_trainer.run_folder import Row
+
+UNPLOTTED = {"step", "num_tokens", "step_s", "eval/accuracy_low", "eval/accuracy_high", "eval/truncation_rate"}
+"""The axis, what the headline sums up, the accuracy's band, and a figure that is left to metrics.jsonl."""
+
+_FILE_NAME = re.compile(r"\W+")
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,13 @@ def panels(config: TrainConfig) -> dict[str, list[Panel]]:
         "Text": _text(config),
         "Time": TIME,
     }
+
+
+def other_panels(record: RunRecord) -> list[Panel]:
+    """A panel for every metric that no other panel shows, under its own name."""
+    shown = {key for group in panels(record.config).values() for panel in group for key in panel.metrics}
+    logged = {key for row in record.rows for key, value in row.items() if isinstance(value, int | float)}
+    return [Panel(_FILE_NAME.sub("_", key), key, "value", {key: key}, "") for key in sorted(logged - shown - UNPLOTTED)]
 
 
 def describe(title: str, curves: Sequence[Curve]) -> str:
@@ -110,13 +123,15 @@ def _learning(config: TrainConfig) -> list[Panel]:
 
 
 def _loss_caption(stage: StageConfig) -> str:
-    if isinstance(stage, SftStage):
-        return "Negative log-likelihood of the references, nats a token."
-    if isinstance(stage, PolicyStage):
-        return (
-            "Clipped surrogate: its gradient is what counts. Its value says little; progress is read from the reward."
-        )
-    match stage.loss.kind:
+    loss = _loss_of(stage)
+    match loss.kind if loss else stage.kind:
+        case "sft":
+            return "Negative log-likelihood of the references, nats a token."
+        case "grpo" | "ppo":
+            return (
+                "Clipped surrogate: its gradient is what counts. Its value says little; progress is read from the "
+                "reward."
+            )
         case "stop_gradient_reverse_kl":
             return (
                 "Stop-gradient reverse KL: the value is not a divergence. It can be negative, and a falling curve "
@@ -126,12 +141,19 @@ def _loss_caption(stage: StageConfig) -> str:
             return "KL(p ‖ q) over the whole vocabulary (p student, q teacher), nats a token."
         case "forward_kl":
             return "KL(q ‖ p) over the whole vocabulary (p student, q teacher), nats a token."
-        case _:
-            return f"The value of {stage.loss.kind}, by which the student is stepped."
+        case kind:
+            return f"The value that {kind} descends; agreement is read from the reverse KL, not from it."
+
+
+def _loss_of(stage: StageConfig) -> LossConfig | None:
+    """The distillation loss; None for a stage that has none."""
+    loss = getattr(stage, "loss", None)
+    return loss if isinstance(loss, LossConfig) else None
 
 
 def _agreement(stage: StageConfig) -> list[Panel]:
-    if not isinstance(stage, OpdStage | OpsdStage):
+    loss = _loss_of(stage)
+    if loss is None:
         return []
     return [
         Panel(
@@ -139,14 +161,14 @@ def _agreement(stage: StageConfig) -> list[Panel]:
             "Overlap of the top-K lists",
             "share of K",
             {"overlap_ratio": "overlap"},
-            f"Ids that both models rank among their first {stage.loss.top_k}, mean over tokens.",
+            f"Ids that both models rank among their first {loss.top_k}, mean over tokens.",
         ),
         Panel(
             "support_mass",
             "Mass on the support",
             "probability",
             {"support_student_mass": "P, student", "support_teacher_mass": "Q, teacher"},
-            f"On the ids that a truncated loss runs over ({stage.loss.support} top-K). P falling while Q stays is "
+            f"On the ids that a truncated loss runs over ({loss.support} top-K). P falling while Q stays is "
             "student mass leaking out of the support.",
         ),
         Panel(

@@ -19,12 +19,14 @@ class RunRecord:
         rows: metrics.jsonl; step 0 holds the evaluation before training, and every other row has gained `learn_s`, the
             seconds spent neither on rollouts nor on scores.
         rollouts: rollouts.jsonl; empty for a stage in which the student writes nothing.
+        alarms: alarms.jsonl; empty when nothing was amiss.
     """
 
     config: TrainConfig
     config_text: str
     rows: list[Row]
     rollouts: list[Row]
+    alarms: list[Row]
 
     @property
     def train_rows(self) -> list[Row]:
@@ -45,7 +47,13 @@ def read_run(run: Path) -> RunRecord:
     rows = [_with_learn_s(row) for row in _rows(run / "metrics.jsonl")]
     if not rows:
         raise ValueError(f"{run} has no metrics yet: its first row is written after the evaluation before training")
-    return RunRecord(load_config(config_file), config_file.read_text(), rows, _rows(run / "rollouts.jsonl"))
+    return RunRecord(
+        load_config(config_file),
+        config_file.read_text(),
+        rows,
+        _rows(run / "rollouts.jsonl"),
+        _rows(run / "alarms.jsonl"),
+    )
 
 
 def _rows(path: Path) -> list[Row]:

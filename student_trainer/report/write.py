@@ -9,10 +9,13 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from student_trainer.report.draw import png
+from student_trainer.report import advantage
+from student_trainer.report.alarms import Mark, marks_of
+from student_trainer.report.draw import png, png_of_words
 from student_trainer.report.headline import headline
-from student_trainer.report.panels import Panel, describe, gaps, panels
+from student_trainer.report.panels import Panel, describe, gaps, other_panels, panels
 from student_trainer.report.record import RunRecord, read_run
+from student_trainer.report.words import changed_words, samples_of
 from student_trainer.run_folder import Row
 
 NUM_ROLLOUTS = 3
@@ -38,9 +41,10 @@ def write_report(run: Path) -> Path:
     record = read_run(run)
     folder = run / "plots"
     folder.mkdir(exist_ok=True)
+    marks = marks_of(record.alarms, record.rows[-1]["step"])
     groups = {
-        title: [plot for panel in group if (plot := _plot(panel, record, folder))]
-        for title, group in panels(record.config).items()
+        title: [plot for panel in group if (plot := _plot(panel, record, folder, marks))]
+        for title, group in (panels(record.config) | {"Other": other_panels(record)}).items()
     }
     page = _template().render(
         config=record.config,
@@ -48,6 +52,10 @@ def write_report(run: Path) -> Path:
         facts=headline(record),
         groups={title: plots for title, plots in groups.items() if plots},
         rollouts=first_middle_last(record.rollouts),
+        marks=marks,
+        words=_plot_of_words(record, folder),
+        advantage=advantage,
+        has_advantages=any("teacher_advantage" in row for row in record.rollouts),
     )
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -61,15 +69,36 @@ def first_middle_last(rollouts: Sequence[Row]) -> dict[int, list[Row]]:
     return {step: [row for row in rollouts if row["step"] == step][:NUM_ROLLOUTS] for step in chosen}
 
 
-def _plot(panel: Panel, record: RunRecord, folder: Path) -> Plot | None:
+def _plot_of_words(record: RunRecord, folder: Path) -> Plot | None:
+    """The words that changed most; None for a run without three steps of rollouts."""
+    samples = samples_of(record.rollouts)
+    if not samples:
+        return None
+    words = changed_words(samples)
+    image = png_of_words(words, samples)
+    (folder / "words.png").write_bytes(image)
+    rose = ", ".join(f"{word.text} {word.per_thousand[0]:.3g} → {word.per_thousand[-1]:.3g}" for word in words)
+    sizes = ", ".join(f"{sample.total:,}" for sample in samples)
+    caption = (
+        "Ranked by what rose from the first steps to the last; hedges are bold. Of the sampled rollouts in "
+        f"rollouts.jsonl: {sizes} words."
+    )
+    return Plot("Words that changed most", caption, f"Of 1,000 words, first to last: {rose}.", _data_url(image))
+
+
+def _data_url(image: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+
+def _plot(panel: Panel, record: RunRecord, folder: Path, marks: Sequence[Mark]) -> Plot | None:
     """Draws a panel into its file and for the page; None where the run has no data for it."""
     curves = panel.curves(record)
     if not curves:
         return None
-    image = png(panel.draw, curves, panel.unit)
+    image = png(panel.draw, curves, panel.unit, marks)
     (folder / f"{panel.name}.png").write_bytes(image)
-    url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-    return Plot(panel.title, f"{panel.caption} {gaps(curves)}".strip(), describe(panel.title, curves), url)
+    caption = f"{panel.caption} {gaps(curves)}".strip()
+    return Plot(panel.title, caption, describe(panel.title, curves), _data_url(image))
 
 
 def _template() -> Template:

@@ -93,15 +93,15 @@ class Unfailing:
 def _build(name: SinkName, project: str, folder: Path) -> Sink:
     match name:
         case "tensorboard":
-            from student_trainer.tracking.tensorboard import TensorBoardSink
+            from student_trainer.tracking.tensorboard_sink import TensorBoardSink
 
             return TensorBoardSink(folder / "tensorboard")
         case "wandb":
-            from student_trainer.tracking.wandb import WandbSink
+            from student_trainer.tracking.wandb_sink import WandbSink
 
             return WandbSink(folder, project=project, run_id=_run_id(folder))
         case "trackio":
-            from student_trainer.tracking.trackio import TrackioSink
+            from student_trainer.tracking.trackio_sink import TrackioSink
 
             return TrackioSink(project=project, name=f"{folder.name}-{_run_id(folder)}")
         case _:

@@ -105,6 +105,36 @@ def test_train_then_eval_then_report(config):
     assert (run / "report.html").exists()
 
 
+def test_generate_and_export_take_the_last_checkpoint(config, tmp_path):
+    done = trainer("train", config, f"run={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "student"
+    assert trainer("export", tmp_path / "run", "--out", out).stdout == f"{out}\n"
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer_config.json"} <= names
+    assert not {"optimizer.pt", "trainer.json"} & names
+    refused = trainer("export", tmp_path / "run", "--out", out)
+    assert (refused.returncode, "exists and is not overwritten" in refused.stderr) == (USER_ERROR, True)
+    options = ["--prompt", "3+4=", "--samples", "2", "--max-new-tokens", "4", "--temperature", "0", "--json"]
+    of_run, of_folder = (trainer("generate", source, *options) for source in (tmp_path / "run", out))
+    rows = [json.loads(line) for line in of_run.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["3+4=", "3+4="]
+    assert rows[0] == rows[1], "greedy"
+    assert of_folder.stdout == of_run.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "report", "export", "init"])
+def test_help_of_every_command_is_light(command):
+    script = (
+        "import sys, student_trainer.cli as cli\n"
+        f"try:\n    cli.app(['{command}', '--help'])\nexcept SystemExit:\n    pass\n"
+        f"sys.exit(len({HEAVY} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"student-trainer {command}" in done.stdout
+
+
 def test_a_report_of_something_else_is_one_sentence(tmp_path):
     done = trainer("report", tmp_path)
     assert done.returncode == USER_ERROR

@@ -1,5 +1,7 @@
 import base64
 import math
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from PIL import Image, ImageColor
 
 from student_trainer.config import parse_config
 from student_trainer.report import write_report
+from student_trainer.report.alarms import marks_of
 from student_trainer.report.draw import COLORS
 from student_trainer.report.headline import Fact, headline
 from student_trainer.report.panels import describe, gaps, panels
@@ -154,7 +157,7 @@ def test_page_needs_nothing_from_outside(opd_page: Page) -> None:
     assert "url(" not in opd_page.source
     assert "@import" not in opd_page.source
     # The only address on the page is the teacher's, as text of the config.
-    assert opd_page.source.count("http") == 1
+    assert opd_page.source.count("http:") + opd_page.source.count("https:") == 1
 
 
 def test_every_logged_metric_is_plotted_once(opd_run: RunFolder) -> None:
@@ -174,7 +177,7 @@ def test_plots_are_png_files_and_described(opd_run: RunFolder, opd_page: Page) -
         for group in panels(read_run(opd_run.path).config).values()
         for panel in group
         if panel.name != "token_accuracy"
-    }
+    } | {"words.png"}
     for file in files:
         with Image.open(file) as image:
             image.load()
@@ -294,3 +297,54 @@ def test_run_without_metrics_is_refused(tmp_path: Path) -> None:
     run = new_run(tmp_path, OPD)
     with pytest.raises(ValueError, match="has no metrics yet"):
         write_report(run.path)
+
+
+def alarm(step: int, signal: str) -> Row:
+    return {"step": step, "signal": signal, "action": "warn", "sentence": f"{signal} is low at {step}"}
+
+
+def test_alarms_in_a_row_are_one_mark() -> None:
+    # Of 100 steps, alarms of one signal up to 5 apart are one stretch; 30 is 16 from 14.
+    rows = [alarm(step, "entropy") for step in (10, 14, 30)] + [alarm(12, "loss")]
+    marks = [(m.letter, m.signal, m.step, m.last_step, m.count) for m in marks_of(rows, 100)]
+    assert marks == [("A", "entropy", 10, 14, 2), ("B", "loss", 12, 12, 1), ("C", "entropy", 30, 30, 1)]
+
+
+def test_page_shows_alarms_words_and_advantages(tmp_path: Path) -> None:
+    run = new_run(tmp_path, OPD)
+    for step in (1, 2, 3):
+        run.log(opd_step(step) | {"clip_fraction": 0.5})
+        told = {"tokens": ["so ", "<wait>"], "teacher_advantage": [0.25, -9.0]}
+        run.log_rollouts([rollout(step, "so wait " * step + "so") | told])
+    run.log_alarm(alarm(2, "overlap_ratio"))
+    page = Page(write_report(run.path))
+    assert "overlap_ratio is low at 2" in page.text
+    # Step 1: 1 of 3 words is "wait"; step 3: 3 of 7.
+    assert any("wait 333 → 429" in alt for alt in page.alts)
+    # -9 nats is beyond the full colour; .25 of 3 nats is less than half of a fifth.
+    assert '<span class="a-5" title="&#39;&lt;wait&gt;&#39;: -9.00 nats">&lt;wait&gt;</span>' in page.source
+    assert '<span class="a0" title="&#39;so &#39;: +0.25 nats">so </span>' in page.source
+    assert "Mean teacher advantage -4.38 nats; lowest: '<wait>' (-9.00), 'so ' (+0.25)." in page.text
+    assert (run.path / "plots" / "clip_fraction.png").exists()
+
+
+BROWSER = shutil.which("chromium")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="chromium is not installed: the report is not looked at in a browser")
+@pytest.mark.slow
+def test_page_in_a_browser_is_drawn_without_an_error(opd_page: Page, tmp_path: Path) -> None:
+    assert BROWSER is not None
+    picture = tmp_path / "report.png"
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --enable-logging=stderr --window-size=1200,3000"
+    )
+    command = [BROWSER, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}"]
+    done = subprocess.run([*command, opd_page.path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    # The page's own policy forbids every request; one that was tried would stand on the console.
+    assert "CONSOLE" not in done.stderr
+    with Image.open(picture) as image:
+        assert image.size == (1200, 3000)
+        colors = {color for _, color in image.convert("RGB").getcolors(maxcolors=2**24) or []}
+    assert colors & CURVE_COLORS, "no curve is drawn"

@@ -118,7 +118,7 @@ def test_wandb_keeps_the_id_of_a_resumed_run(tmp_path, monkeypatch):
 
 def wandb_records(file: Path) -> Iterator[Any]:
     """A .wandb file's records: a header of 7 bytes, then LevelDB's log format (checksum, length, type, data)."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportMissingImports]
 
     data, at = file.read_bytes(), 7
     assert len(data) < 2**15, "one block: no record is split"
@@ -132,7 +132,7 @@ def wandb_records(file: Path) -> Iterator[Any]:
 def test_trackio_goes_on_with_a_resumed_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
-    from trackio.sqlite_storage import SQLiteStorage
+    from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
 
     run = log_twice(config(tmp_path, "trackio"))
     name = f"run-{(run.path / 'tracking_id').read_text().strip()}"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
-import trackio
+import trackio  # pyright: ignore[reportMissingImports]
 
 
 class TrackioSink:
@@ -18,7 +18,7 @@ class TrackioSink:
 
     def __init__(self, *, project: str, name: str) -> None:
         self._project, self._name = project, name
-        self._run: trackio.Run | None = None
+        self._run: Any = None
 
     def start(self, config: Mapping[str, Any]) -> None:
         """See `Sink.start`."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import wandb
+import wandb  # pyright: ignore[reportMissingImports]
 
 
 class WandbSink:
@@ -17,7 +17,7 @@ class WandbSink:
 
     def __init__(self, folder: Path, *, project: str, run_id: str) -> None:
         self._folder, self._project, self._run_id = folder, project, run_id
-        self._run: wandb.Run | None = None
+        self._run: Any = None
 
     def start(self, config: Mapping[str, Any]) -> None:
         """See `Sink.start`."""
