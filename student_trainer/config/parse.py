@@ -14,6 +14,9 @@ from pydantic import ValidationError
 from student_trainer.config.base import ConfigError
 from student_trainer.config.run import TrainConfig
 
+STAGES = "stages"
+"""The key that makes a file a recipe (`student_trainer.config.recipe`)."""
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The config in a TOML file, with `key.path=value` overrides (values in TOML; bare words are strings).
@@ -21,15 +24,35 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: the file, an override or the result is wrong.
     """
+    tables = read_tables(path)
+    if STAGES in tables:
+        raise ConfigError(f"{path} is a recipe of several runs; give the config.toml of one, in its run folder")
+    override_tables(tables, overrides)
+    return parse_config(tables)
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """What is in a TOML file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not TOML.
+    """
     try:
-        tables = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def override_tables(tables: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Sets every `key.path=value` in `tables`.
+
+    Raises:
+        ConfigError: an override is not of that form, or its path leads through a value.
+    """
     for override in overrides:
         _override(tables, override)
-    return parse_config(tables)
 
 
 def parse_config(tables: dict[str, Any]) -> TrainConfig:
