@@ -13,6 +13,9 @@ from student_trainer.loop import train
 from student_trainer.run_folder import RunFolder
 from student_trainer.teacher_weights import send_checkpoint
 
+TEACHER_FILE = "teacher.json"
+"""Of a run folder: which teacher the run began with."""
+
 
 class StageFailed(ValueError):
     """A stage of a recipe could not be run; the message names it and says why."""
@@ -34,6 +37,8 @@ def run_plan(plan: Sequence[RecipeStage], *, quiet: bool = False) -> Iterator[tu
             if stage.teacher_weights is not None and not is_finished:
                 assert stage.config.teacher is not None
                 send_checkpoint(stage.config.teacher, stage.teacher_weights)
+                # What the run noted of its teacher names the version sent before; these are the same weights.
+                (Path(stage.config.run) / TEACHER_FILE).unlink(missing_ok=True)
             done = last_checkpoint(stage.config) if is_finished else train(stage.config, quiet=quiet)
         yield stage.config, done
 

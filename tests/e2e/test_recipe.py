@@ -96,12 +96,16 @@ def test_a_killed_recipe_goes_on_where_it_was_and_reloads_its_teacher(tmp_path, 
         recipe = write_recipe(model, server.ready["grpc_url"])
         first, second, third = (stage.config for stage in load_plan(recipe))
         kill_after(recipe, Path(second.run) / "metrics.jsonl", 3)
+        Path(third.run).mkdir()
+        (Path(third.run) / "teacher.json").write_text('{"weights_version": 5}')
         before = (Path(first.run) / "metrics.jsonl").stat()
         ends = [last for _, last in run_plan(load_plan(recipe), quiet=True)]
         assert [end.name for end in ends] == ["step-00000002", "step-00000009", "step-00000002"]
         # A finished stage is not touched again.
         assert (Path(first.run) / "metrics.jsonl").stat().st_mtime_ns == before.st_mtime_ns
         # The student begins as "second" left it, and its teacher is now the same: nothing to learn at the first step.
+        noted = Path(third.run) / "teacher.json"
+        assert not noted.exists() or '"weights_version": 5' not in noted.read_text()
         rows = read_rows(Path(third.run) / "metrics.jsonl")
         assert abs(rows[1]["reverse_kl"]) < 1e-5
         assert ends == [last for _, last in run_plan(load_plan(recipe), quiet=True)]
