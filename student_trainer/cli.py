@@ -13,6 +13,7 @@ from rich.console import Console
 
 from protos.errors import TeacherError
 from student_trainer.config import ConfigError, ModelConfig, TrainConfig, load_config
+from student_trainer.config.recipe import load_plan
 
 USER_ERROR = 2
 """Exit code of a mistake that the user can mend."""
@@ -22,22 +23,22 @@ app = App(name="student-trainer", help="Train a student on its own rollouts, sco
 
 @app.command
 def train(config: Path, *overrides: Annotated[str, Parameter()], teacher: str | None = None) -> None:
-    """Run the training run in CONFIG, or go on with it where it stopped.
+    """Run the training run in CONFIG, or the runs of a recipe in order, or go on where they stopped.
 
     Args:
         config: A TOML file; see student_trainer/configs for examples.
-        overrides: KEY.PATH=VALUE, for example optim.lr=1e-4 steps=50.
+        overrides: KEY.PATH=VALUE, for example optim.lr=1e-4 steps=50; for one stage of a recipe stages.NAME.steps=50.
         teacher: The teacher's URL, in place of teacher.url.
     """
-    settings = load_config(config, [*overrides, *([f"teacher.url={teacher}"] if teacher else [])])
-    from student_trainer.loop import train as run
+    plan = load_plan(config, overrides, teacher=teacher)
     from student_trainer.progress import quiet_libraries
+    from student_trainer.recipe import run_plan
     from student_trainer.report import write_report
 
     quiet_libraries()
-    last = run(settings)
-    report = write_report(Path(settings.run))
-    Console().print(f"student: {last}\nreport:  {report}", highlight=False, soft_wrap=True)
+    for settings, last in run_plan(plan):
+        report = write_report(Path(settings.run))
+        Console().print(f"student: {last}\nreport:  {report}", highlight=False, soft_wrap=True)
 
 
 @app.command(name="eval")

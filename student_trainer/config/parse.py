@@ -16,6 +16,8 @@ from student_trainer.config.run import TrainConfig
 
 PLACEHOLDER = "<fill in>"
 """Stands for a value that must be given, in a config that `student-trainer init` wrote."""
+STAGES = "stages"
+"""The key that makes a file a recipe (`student_trainer.config.recipe`)."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -24,17 +26,37 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ConfigError: the file, an override or the result is wrong.
     """
+    tables = read_tables(path)
+    if STAGES in tables:
+        raise ConfigError(f"{path} is a recipe of several runs; give the config.toml of one, in its run folder")
+    override_tables(tables, overrides)
+    return parse_config(tables)
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """What is in a TOML file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not TOML.
+    """
     try:
-        tables = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def override_tables(tables: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Sets every `key.path=value` in `tables`, after which no placeholder may be left.
+
+    Raises:
+        ConfigError: an override is not of that form, its path leads through a value, or a placeholder is left.
+    """
     for override in overrides:
         _override(tables, override)
     if missing := list(_placeholders(tables)):
-        raise ConfigError(f"{path}: still to be filled in: {', '.join(missing)}")
-    return parse_config(tables)
+        raise ConfigError(f"still to be filled in: {', '.join(missing)}")
 
 
 def parse_config(tables: dict[str, Any]) -> TrainConfig:
