@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from student_trainer.lm_head import LmHead, find_head, logit_chunks
 from student_trainer.losses import log_probs, token_mean
 
 V = 97
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": V,
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -149,7 +150,9 @@ def test_without_gradients_the_chunks_are_the_logits_and_nothing_is_left_behind(
         [(logits, tokens)] = list(logit_chunks(model, find_head(model), batch))
         torch.testing.assert_close(logits[0], completion_logits(model, batch)[batch.mask_BT], rtol=0, atol=1e-12)
     assert tokens.completion_ids_BT[0].tolist() == batch.completion_ids_BT[batch.mask_BT].tolist()
-    assert not model.get_output_embeddings()._forward_pre_hooks
+    head = model.get_output_embeddings()
+    assert head is not None
+    assert not head._forward_pre_hooks
     assert gradients(model) == {}
 
 
