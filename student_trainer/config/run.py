@@ -14,11 +14,15 @@ from student_trainer.config.teacher import TeacherConfig
 from student_trainer.config.tracking import TrackingConfig
 from student_trainer.tasks.config import TaskConfig
 
+GROUP_SIZE = 8
+"""Of GRPO, where none is given: DeepSeekMath (arXiv:2402.03300) takes 64, most recipes since take 8 or 16."""
+
 
 class RolloutConfig(Section):
     """How the student writes."""
 
-    samples_per_problem: PositiveInt = 1
+    samples_per_problem: PositiveInt | None = None
+    """None is 1, and 8 in grpo, which compares the samples of a problem."""
     max_new_tokens: PositiveInt = 256
     temperature: PositiveFloat = 1.0
     """Of rollouts and of both models' log-probs in the loss."""
@@ -78,6 +82,11 @@ class TrainConfig(Section):
     """Rollouts written to rollouts.jsonl at each step, for people to read."""
 
     @property
+    def num_samples(self) -> int:
+        """Completions of each problem."""
+        return self.rollout.samples_per_problem or (GROUP_SIZE if self.stage.kind == "grpo" else 1)
+
+    @property
     def privileged(self) -> PrivilegedConfig | None:
         """What the teacher is told that the student is not, with the task's text where the stage has none."""
         told = self.stage.privileged if isinstance(self.stage, OpdStage | OpsdStage) else None
@@ -101,9 +110,9 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _group_where_needed(self) -> Self:
-        if self.stage.kind == "grpo" and self.rollout.samples_per_problem < 2:
+        if self.stage.kind == "grpo" and self.num_samples < 2:
             raise ValueError(
                 f"stage grpo compares the samples of a problem, and rollout.samples_per_problem is "
-                f"{self.rollout.samples_per_problem}: set it to 2 or more, for example 8"
+                f"{self.num_samples}: set it to 2 or more, for example 8"
             )
         return self

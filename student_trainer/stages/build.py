@@ -51,7 +51,7 @@ def build_stage(config: TrainConfig, student: Student, task: Task) -> Stage:
             stage, reference = config.stage, _build_reference(config, config.stage)
             surrogate = _build_surrogate(stage, config.rollout.temperature, kl_coefficient=stage.kl_coefficient)
             actor = _build_actor(config, stage, student, task)
-            return Grpo(stage, actor, surrogate, reference, group_size=config.rollout.samples_per_problem)
+            return Grpo(stage, actor, surrogate, reference, group_size=config.num_samples)
         case PpoStage():
             stage, reference = config.stage, _build_reference(config, config.stage)
             # The penalty is in the rewards, not in the loss.
@@ -93,7 +93,7 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
-        num_samples=rollout.samples_per_problem,
+        num_samples=config.num_samples,
         top_ids=objective.top_k,
     )
     try:
@@ -143,7 +143,7 @@ def _build_actor(config: TrainConfig, stage: PolicyStage, student: Student, task
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
-        num_samples=rollout.samples_per_problem,
+        num_samples=config.num_samples,
     )
     sampler = build_sampler(rollout, student, _longest_prompt(student, task))
     return Actor(

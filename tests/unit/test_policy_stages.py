@@ -34,6 +34,9 @@ def task_of(score) -> SplitTask:
 MARKED = task_of(lambda _, text: float(ANSWER_MARK in text))
 """A reward that an untrained model gets now and then: whether the text holds the answer's mark."""
 
+DIGIT = task_of(lambda _, text: float(text[:1].isdigit()))
+"""A reward that an untrained model gets often."""
+
 NEVER = task_of(lambda *_: 0.0)
 
 
@@ -90,13 +93,12 @@ def test_a_step_without_a_difference_changes_nothing_and_says_so(model):
 
 
 def test_equal_groups_are_dropped_and_the_others_keep_their_advantages(model):
-    """Reward 1 for every text that starts with a digit: equal in some of the groups."""
-    task = task_of(lambda _, text: float(text[:1].isdigit()))
+    """Reward 1 for every text that starts with a digit and ends: equal in some of the groups."""
     config = config_of(model, GRPO, rollout={"max_new_tokens": 6, "samples_per_problem": 2})
-    _, _, stage = built(config, task)
+    _, _, stage = built(config, DIGIT)
     collected = stage.collect(0)
     pairs = list(zip(collected.rollouts[::2], collected.rollouts[1::2], strict=True))
-    rewards = [tuple(float(r.text[:1].isdigit()) for r in pair) for pair in pairs]
+    rewards = [tuple(float(r.text[:1].isdigit() and r.is_finished) for r in pair) for pair in pairs]
     different = [reward for reward in rewards if reward[0] != reward[1]]
     assert 0 < len(different) < 8
     assert collected.metrics["groups_dropped"] == 8 - len(different)
@@ -106,7 +108,7 @@ def test_equal_groups_are_dropped_and_the_others_keep_their_advantages(model):
     expected = [size if reward else -size for pair in different for reward in pair]
     assert collected.batch.advantage_BT[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
     kept = config_of(model, GRPO | {"drop_equal_groups": False}, rollout=config.rollout.model_dump())
-    assert built(kept, task)[2].collect(0).batch.num_sequences == 16
+    assert built(kept, DIGIT)[2].collect(0).batch.num_sequences == 16
 
 
 def test_a_cut_completion_is_left_out_or_punished(model):
@@ -135,7 +137,7 @@ def test_a_cut_completion_is_left_out_or_punished(model):
 
 def test_the_old_log_probs_are_those_of_the_weights_and_the_ratio_starts_at_one(model):
     config = config_of(model, GRPO | {"kl_coefficient": 0.5})
-    student, _, stage = built(config, MARKED)
+    student, _, stage = built(config, DIGIT)
     batch = stage.collect(0).batch
     logits_BTV = completion_logits(student.model, batch)
     logp_BTV = log_probs(logits_BTV, 0.9)
@@ -155,7 +157,7 @@ def test_the_old_log_probs_are_those_of_the_weights_and_the_ratio_starts_at_one(
 
 def test_a_step_has_an_update_for_each_minibatch_of_each_epoch(model):
     config = config_of(model, GRPO | {"num_minibatches": 3, "num_epochs": 2, "drop_equal_groups": False})
-    _, learner, stage = built(config, MARKED)
+    _, learner, stage = built(config, DIGIT)
     collected = stage.collect(0)
     sizes = [batch.num_sequences for batch in collected.updates()]
     assert sizes == [22, 22, 20, 22, 22, 20]
