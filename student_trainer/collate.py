@@ -34,6 +34,8 @@ class Batch:
         teacher_logp_BT: float32, the teacher's log-prob of each completion token; None without a teacher.
         teacher_top_BTK, teacher_top_logp_BTK: the teacher's most likely ids and log-probs; None without a teacher.
         teacher_candidate_logp_BTM: the teacher's log-probs at `student_top_BTK`; None without a teacher.
+        teacher_entropy_BT: the teacher's entropy in nats; None from a teacher that cannot give it.
+        decile_weight_BTD: see `monitor.decile_weights`; None where nothing is watched by position.
 
     Padded positions hold token id 0 in the two sequences, PAD_ID in lists of ids, and NaN log-probs.
     """
@@ -48,6 +50,8 @@ class Batch:
     teacher_top_BTK: torch.Tensor | None = None
     teacher_top_logp_BTK: torch.Tensor | None = None
     teacher_candidate_logp_BTM: torch.Tensor | None = None
+    teacher_entropy_BT: torch.Tensor | None = None
+    decile_weight_BTD: torch.Tensor | None = None
 
     @property
     def num_sequences(self) -> int:

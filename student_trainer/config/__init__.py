@@ -13,6 +13,7 @@ from student_trainer.config.teacher import (
     SystemPrivileged,
     TeacherConfig,
 )
+from student_trainer.config.watch import Rule, WatchConfig
 
 __all__ = [
     "AnswerPrivileged",
@@ -27,12 +28,14 @@ __all__ = [
     "PrivilegedConfig",
     "ReferencePrivileged",
     "RolloutConfig",
+    "Rule",
     "Section",
     "SftStage",
     "StageConfig",
     "SystemPrivileged",
     "TeacherConfig",
     "TrainConfig",
+    "WatchConfig",
     "dump_config",
     "load_config",
     "parse_config",

@@ -10,6 +10,7 @@ from student_trainer.config.base import Section
 from student_trainer.config.model import ModelConfig, OptimConfig
 from student_trainer.config.stage import StageConfig
 from student_trainer.config.teacher import TeacherConfig
+from student_trainer.config.watch import WatchConfig
 from student_trainer.tasks.config import TaskConfig
 
 
@@ -63,6 +64,7 @@ class TrainConfig(Section):
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watch: WatchConfig = WatchConfig()
     rollouts_logged: Annotated[int, Field(ge=0)] = 4
     """Rollouts written to rollouts.jsonl at each step, for people to read."""
 
@@ -70,4 +72,10 @@ class TrainConfig(Section):
     def _teacher_where_needed(self) -> Self:
         if self.stage.kind != "sft" and self.teacher is None:
             raise ValueError(f"stage {self.stage.kind} needs a teacher: set teacher.url or pass --teacher URL")
+        return self
+
+    @model_validator(mode="after")
+    def _loss_to_change(self) -> Self:
+        if not hasattr(self.stage, "loss") and any(rule.loss for rule in self.watch.rules):
+            raise ValueError(f"watch.rules: stage {self.stage.kind} has no loss that a roll-back could change")
         return self

@@ -22,11 +22,15 @@ class Collected:
         batch: what to learn from.
         rollouts: what the student wrote; empty when it wrote nothing.
         metrics: of the data, by name.
+        rewards: of the rollouts; empty where the stage has no use for them.
+        full_vocabulary: the first rollouts with the teacher's log-probs of the whole vocabulary, where due.
     """
 
     batch: Batch
     rollouts: Sequence[Rollout] = ()
     metrics: Metrics = field(default_factory=dict)
+    rewards: Sequence[float] = ()
+    full_vocabulary: Batch | None = None
 
 
 class Stage(Protocol):

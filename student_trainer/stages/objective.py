@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import assert_never
 
 import torch
 
-from student_trainer import losses, monitor
+from student_trainer import losses
 from student_trainer.collate import Batch
 from student_trainer.config import LossConfig
 from student_trainer.scoring import Wanted
 from student_trainer.stages.base import Metrics
+from student_trainer.stages.watch import watch_tokens
 
 
 class Objective:
@@ -20,15 +22,21 @@ class Objective:
         config: which loss, over which support.
         vocab_size: V, the width of the student's output.
         temperature: of both models' log-probs.
+        eos_token_ids: what ends a completion; watched.
     """
 
-    def __init__(self, config: LossConfig, vocab_size: int, temperature: float) -> None:
+    def __init__(
+        self, config: LossConfig, vocab_size: int, temperature: float, *, eos_token_ids: Sequence[int] = ()
+    ) -> None:
         self._config = config
         self._temperature = temperature
+        self._eos_token_ids = eos_token_ids
         self._top_k = min(config.top_k, vocab_size)
         is_truncated = config.kind == "stop_gradient_reverse_kl"
         # Both lists are asked for whatever the support: the overlap of the two is the first monitor.
-        self.wanted = Wanted(teacher_top_k=self._top_k if is_truncated else vocab_size, student_top_k=self._top_k)
+        self.wanted = Wanted(
+            teacher_top_k=self._top_k if is_truncated else vocab_size, student_top_k=self._top_k, entropy=True
+        )
 
     def loss(self, logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The loss of each token, [B, T]."""
@@ -47,28 +55,16 @@ class Objective:
 
     @torch.no_grad()
     def watch(self, logits_BTV: torch.Tensor, batch: Batch) -> Metrics:
-        """Monitors of one micro-batch; see `student_trainer.monitor`."""
-        top_BTK, teacher_logp_BT = _present(batch.student_top_BTK), _present(batch.teacher_logp_BT)
-        logp_BTV = losses.log_probs(logits_BTV, self._temperature)
-        logp_BT = logp_BTV.gather(-1, batch.completion_ids_BT[..., None])[..., 0]
-        overlap = monitor.overlap(
-            top_BTK,
-            losses.gather(logp_BTV, losses.student_support(top_BTK)),
-            _present(batch.teacher_top_BTK)[..., : self._top_k],
-            _present(batch.teacher_top_logp_BTK)[..., : self._top_k],
-            batch.mask_BT,
-        )
+        """Monitors of one micro-batch; see `watch_tokens`."""
         support, teacher_logp_BTS = self._paired(batch)
-        mass = monitor.support_mass(losses.gather(logp_BTV, support), teacher_logp_BTS, support.mask_BTS, batch.mask_BT)
-        return {
-            "reverse_kl": monitor.sampled_reverse_kl(logp_BT, teacher_logp_BT, batch.mask_BT),
-            "overlap_ratio": overlap.ratio,
-            "overlap_student_mass": overlap.student_mass,
-            "overlap_teacher_mass": overlap.teacher_mass,
-            "support_student_mass": mass.student,
-            "support_teacher_mass": mass.teacher,
-            "entropy": monitor.entropy(logp_BTV, batch.mask_BT),
-        }
+        return watch_tokens(
+            losses.log_probs(logits_BTV, self._temperature),
+            batch,
+            support,
+            teacher_logp_BTS,
+            top_k=self._top_k,
+            eos_token_ids=self._eos_token_ids,
+        )
 
     def _paired(self, batch: Batch) -> tuple[losses.Support, torch.Tensor]:
         """The support, and the teacher's log-probs on it, [B, T, S]."""

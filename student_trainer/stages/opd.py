@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,11 +16,20 @@ from protos.records import ScoreResult
 from student_trainer import monitor
 from student_trainer.collate import Batch, collate
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
-from student_trainer.scoring import Scorer
+from student_trainer.scoring import Scorer, Wanted
 from student_trainer.seeds import ROLLOUTS, derive_seed, pick
 from student_trainer.stages.base import Collected, Metrics
 from student_trainer.stages.objective import Objective
 from student_trainer.tasks import Task
+
+
+@dataclass(frozen=True)
+class FullVocabulary:
+    """How often, and for how many of a step's rollouts, the teacher gives its whole vocabulary of V ids; 0 is never."""
+
+    every_steps: int
+    num_rollouts: int
+    vocab_size: int
 
 
 class Opd:
@@ -32,6 +42,7 @@ class Opd:
         sampling: SamplingParams,
         scorer: Scorer,
         objective: Objective,
+        full_vocabulary: FullVocabulary,
         *,
         problems_per_step: int,
         seed: int,
@@ -41,6 +52,7 @@ class Opd:
         self._sampling = sampling
         self._scorer = scorer
         self._objective = objective
+        self._full_vocabulary = full_vocabulary
         self._problems_per_step = problems_per_step
         self._seed = seed
 
@@ -53,15 +65,17 @@ class Opd:
         results = self._scorer.score(rollouts, self._objective.wanted)
         scored = time.perf_counter()
         batch = collate_scored(rollouts, results)
+        waited_s = self._scorer.take_waited_s()
         return Collected(
             batch,
             rollouts,
             {
-                **self._describe(batch, rollouts),
                 "rollout_s": sampled - started,
                 "score_s": scored - sampled,
                 "scored_tokens_per_s": batch.num_tokens / (scored - sampled),
+                **({"teacher_wait_s": waited_s} if waited_s else {}),
             },
+            full_vocabulary=self._scored_in_full(rollouts, step),
         )
 
     def loss(self, logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -76,21 +90,18 @@ class Opd:
         """Closes the connection to the teacher."""
         self._scorer.close()
 
-    def _describe(self, batch: Batch, rollouts: Sequence[Rollout]) -> Metrics:
-        lengths = monitor.lengths(batch.mask_BT, torch.tensor([rollout.is_finished for rollout in rollouts]))
-        rewards = [self._task.reward(rollout.problem, rollout.text) for rollout in rollouts]
-        return {
-            "reward": sum(rewards) / len(rewards),
-            "length_mean": lengths.mean,
-            "length_p95": lengths.p95,
-            "truncation_rate": lengths.truncation_rate,
-            "hedge_frequency": monitor.hedge_frequency([rollout.text for rollout in rollouts], batch.num_tokens),
-            "repeat_ratio": monitor.repeat_ratio([rollout.completion_ids.tolist() for rollout in rollouts]),
-        }
+    def _scored_in_full(self, rollouts: Sequence[Rollout], step: int) -> Batch | None:
+        full = self._full_vocabulary
+        if not full.every_steps or (step + 1) % full.every_steps:
+            return None
+        first = rollouts[: full.num_rollouts]
+        wanted = Wanted(teacher_top_k=full.vocab_size)
+        return collate_scored(first, self._scorer.score(first, wanted))
 
 
 def collate_scored(rollouts: Sequence[Rollout], results: Sequence[ScoreResult]) -> Batch:
     """One batch of B rollouts and their scores, in the same order."""
+    entropies = [result.entropy for result in results if result.entropy is not None]
     return collate(
         [rollout.prompt_ids for rollout in rollouts],
         [rollout.completion_ids for rollout in rollouts],
@@ -100,4 +111,6 @@ def collate_scored(rollouts: Sequence[Rollout], results: Sequence[ScoreResult]) 
         teacher_top_BTK=[result.top_ids for result in results],
         teacher_top_logp_BTK=[result.top_logprobs for result in results],
         teacher_candidate_logp_BTM=[result.candidate_logprobs for result in results],
+        teacher_entropy_BT=entropies or None,
+        decile_weight_BTD=monitor.decile_weights([len(rollout.completion_ids) for rollout in rollouts]),
     )
