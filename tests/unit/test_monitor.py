@@ -113,7 +113,8 @@ def test_the_flipped_share_is_what_the_teacher_prefers_and_the_unnormalised_loss
     support = torch.ones(1, 1, 3, dtype=torch.bool)
     result = bias(p.log(), q.log(), support, torch.tensor([[0.01]]))
     assert (float(result.flipped_share_BT), float(result.flipped_score_share_BT)) == pytest.approx((0.0, 2 / 3))
-    # The third entry masked and q = (.3, .38): P = .7, L = .1150728 - .0709167 = .0441561, exp(.2558439) = 1.2915; q/p = 1.2667: 1 of 2.
+    # The third entry masked and q = (.3, .38): P = .7, L = .1150728 - .0709167 = .0441561, exp(.2558439) = 1.2915.
+    # q/p = 1.2667 of the second lies below: 1 of 2.
     support[..., 2] = False
     q[0, 0, 1] = 0.38
     assert float(bias(p.log(), q.log(), support, torch.tensor([[0.1]])).flipped_share_BT) == 0.5
