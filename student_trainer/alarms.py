@@ -52,7 +52,7 @@ class Alarm:
             changes += [f"the loss {self.rule.loss.kind}"] if self.rule.loss else []
             return f"; back to the last checkpoint before step {self.since}, and on with {' and '.join(changes)}"
         if self.action == "stop":
-            spent = "as often as watch.max_roll_backs allows the run was rolled back; " * (
+            spent = "it was rolled back as often as watch.max_roll_backs allows, so " * (
                 self.rule.action == "roll_back"
             )
             return f"; {spent}the run stops here, and goes on when the rule in `watch` is changed"
