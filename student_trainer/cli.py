@@ -14,6 +14,7 @@ from rich.console import Console
 from protos.errors import TeacherError
 from student_trainer.config import ConfigError, ModelConfig, TrainConfig, load_config
 from student_trainer.config.recipe import load_plan
+from student_trainer.stopped import Stopped
 
 USER_ERROR = 2
 """Exit code of a mistake that the user can mend."""
@@ -167,6 +168,9 @@ def main() -> None:
     except (ConfigError, TeacherError, ValueError, FloatingPointError) as error:
         sys.stderr.write(f"student-trainer: {error}\n")
         sys.exit(USER_ERROR)
+    except Stopped as error:
+        sys.stderr.write(f"student-trainer: {error}\n")
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("student-trainer: stopped; run the same command to go on from the last checkpoint\n")
         sys.exit(130)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +12,12 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from student_trainer import checkpoint
+from student_trainer.alarms import SKIPPED
 from student_trainer.collate import Batch
 from student_trainer.config import TrainConfig
 from student_trainer.lm_head import logit_chunks
 from student_trainer.losses import token_mean
-from student_trainer.optim import build_optimizer, build_schedule
+from student_trainer.optim import build_optimizer, build_schedule, use_lr
 from student_trainer.run_folder import Row
 from student_trainer.stages import Collected, Stage
 from student_trainer.student import Student
@@ -27,6 +30,7 @@ class Learner:
     student: Student
     optimizer: AdamW
     schedule: LambdaLR
+    lr: float
     micro_batch_size: int
     max_grad_norm: float
 
@@ -35,40 +39,48 @@ class Learner:
         """A fresh optimiser and schedule over all of the student's weights."""
         optimizer = build_optimizer(list(student.model.parameters()), config.optim)
         schedule = build_schedule(optimizer, config.optim, config.steps)
-        return cls(student, optimizer, schedule, config.optim.micro_batch_size, config.optim.max_grad_norm)
+        optim = config.optim
+        return cls(student, optimizer, schedule, optim.lr, optim.micro_batch_size, optim.max_grad_norm)
 
     def step(self, stage: Stage, collected: Collected) -> Row:
         """One update for each of the step's batches; loss, gradient norm and monitors are their means over the updates.
 
-        Without a batch nothing changes: the row has no loss, and warm-up and decay wait for the next step that learns.
+        Without an update nothing changes: warm-up and decay wait for the next step that learns. A step without a batch
+        has no loss in its row.
         """
-        row: Row = {"num_tokens": collected.batch.num_tokens, "lr": self.schedule.get_last_lr()[0]}
+        lr = self.optimizer.param_groups[0]["lr"]
         rows = [self._update(stage, batch) for batch in collected.updates()]
-        row["num_updates"] = len(rows)
-        if rows:
+        row: Row = {name: sum(each[name] for each in rows) / len(rows) for name in rows[0]} if rows else {}
+        totals = {name: sum(each[name] for each in rows) for name in (SKIPPED, "watch_s")}
+        if totals[SKIPPED] < len(rows):
             self.schedule.step()
-            row |= {name: sum(each[name] for each in rows) / len(rows) for name in rows[0]}
-        return row
+        return {"num_tokens": collected.batch.num_tokens, "lr": lr, "num_updates": len(rows), **row, **totals}
 
     def _update(self, stage: Stage, batch: Batch) -> Row:
-        """Accumulates the batch's token mean over micro-batches, clips, and updates the weights once."""
+        """Accumulates the batch's token mean over micro-batches, clips, and updates the weights once.
+
+        An update whose loss or gradient is not finite is skipped: weights and optimiser stay as they were.
+        """
         model, num_tokens = self.student.model, batch.num_tokens
         model.train()
-        row: Row = {"loss": 0.0}
+        row: Row = {"loss": 0.0, "watch_s": 0.0}
         for micro in batch.split(self.micro_batch_size):
             micro = micro.to(model.device)
             for logits_BTV, tokens in logit_chunks(model, self.student.head, micro):
                 loss = token_mean(stage.loss(logits_BTV, tokens), tokens.mask_BT, num_tokens)
                 loss.backward()
                 row["loss"] += loss.item()
+                started = time.perf_counter()
                 for name, value in stage.watch(logits_BTV.detach(), tokens).items():
                     row[name] = row.get(name, 0.0) + value * tokens.num_tokens / num_tokens
+                row["watch_s"] += time.perf_counter() - started
                 # Or this chunk's logits would live beside the next one's.
                 del logits_BTV, loss
         row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm))
-        if not (torch.tensor([row["loss"], row["grad_norm"]]).isfinite().all()):
-            raise FloatingPointError(f"loss {row['loss']} and gradient norm {row['grad_norm']} must be finite")
-        self.optimizer.step()
+        is_finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+        row[SKIPPED] = int(not is_finite)
+        if is_finite:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return row
 
@@ -78,5 +90,7 @@ class Learner:
         checkpoint.save(folder, num_steps, model, tokenizer, self.optimizer, self.schedule, stage, keep=keep)
 
     def restore(self, path: Path) -> int:
-        """See `checkpoint.restore`."""
-        return checkpoint.restore(path, self.student.model, self.optimizer, self.schedule)
+        """See `checkpoint.restore`; the learning rate is the config's, whichever the checkpoint was written with."""
+        num_steps = checkpoint.restore(path, self.student.model, self.optimizer, self.schedule)
+        use_lr(self.schedule, self.lr)
+        return num_steps

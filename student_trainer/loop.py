@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from student_trainer import checkpoint
+from protos.errors import TeacherError
+from student_trainer import checkpoint, interrupt
+from student_trainer.alarms import Alarm, Alarms, unknown_signals
 from student_trainer.config import TrainConfig
+from student_trainer.config.watch import DEFAULT_RULES
 from student_trainer.evaluate import Evaluation, evaluate
 from student_trainer.learner import Learner
 from student_trainer.progress import Progress
-from student_trainer.rollout.base import Rollout
+from student_trainer.roll_back import adjusted, marks
 from student_trainer.rollout.transformers import TransformersSampler
 from student_trainer.run_folder import Row, RunFolder
-from student_trainer.stages import build_stage
+from student_trainer.samples import sample_rows
+from student_trainer.stages import Collected, Stage, build_stage
+from student_trainer.stages.watch import full_row, watch_collected
+from student_trainer.stopped import Stopped, StoppedByRule
 from student_trainer.student import Student, load_student
 from student_trainer.tasks import Task, build_task
 from student_trainer.tracking import follow
 
 NOTHING = -1
 """Before the evaluation that is logged as step 0."""
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, *, quiet: bool = False) -> Path:
@@ -29,39 +39,105 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     Raises:
         ConfigError: the run folder, the model or the config is wrong.
         TeacherError, TeacherMismatch: the teacher failed, or cannot score this student.
-        FloatingPointError: the loss or the gradient is not finite; the last checkpoint is intact.
+        Stopped: a rule, the teacher's absence or a signal ended the run early; it can go on.
+        RunFolderError, CheckpointError: the disk refused; the last checkpoint is whole.
     """
     run = RunFolder(config)
+    with interrupt.deferred_signals():
+        # A roll-back changes the run folder; what follows is a run that is gone on with, like any other.
+        while not (last := _go_on(run, config, quiet=quiet)):
+            pass
+    return last
+
+
+def _go_on(run: RunFolder, config: TrainConfig, *, quiet: bool) -> Path | None:
+    """From the last checkpoint to the last step, whose checkpoint is returned; None after a roll-back."""
+    roll_backs = run.roll_backs()
+    now = adjusted(config, roll_backs)
     task = build_task(config.task)
     student = load_student(config.model)
-    learner = Learner.build(student, config)
-    resumed_from = run.last_checkpoint
+    learner = Learner.build(student, now)
+    resumed_from = run.intact_checkpoint()
     num_done = learner.restore(resumed_from) if resumed_from else 0
     if resumed_from and num_done == config.steps:
         return resumed_from
     run.forget_after(num_done if resumed_from else NOTHING)
-    stage = build_stage(config, student, task)
+    alarms = Alarms(config.watch, run.metrics(), roll_backs)
+    if alarm := alarms.standing():
+        raise StoppedByRule(alarm.sentence)
+    stage = build_stage(now, student, task)
+    save = partial(_save, run, learner, stage, alarms, config)
     try:
         if resumed_from:
             checkpoint.restore_stage(resumed_from, stage)
         with follow(run, config), Progress(config, start=num_done, quiet=quiet) as progress:
             if not resumed_from:
                 run.log({"step": 0, **_evaluate(student, task, config).metrics()})
+                if any(rule.action == "roll_back" for rule in config.watch.rules):
+                    save(0)
             for step in range(num_done, config.steps):
+                interrupt.raise_if_requested()
                 started = time.perf_counter()
-                collected = stage.collect(step)
-                row: Row = {"step": step + 1, **collected.metrics, **learner.step(stage, collected)}
+                collected = _collect(stage, step, save)
+                rewards = collected.rewards or [task.reward(r.problem, r.text) for r in collected.rollouts]
+                watched = watch_collected(collected, rewards, student.model, config)
+                row = full_row(step + 1, collected.metrics, watched, learner.step(stage, collected), alarms.last_row)
                 row["step_s"] = time.perf_counter() - started
                 if _is_due(step + 1, config.eval.every_steps, config.steps):
                     row |= _evaluate(student, task, config).metrics()
-                run.log(row)
-                run.log_rollouts(_samples(step + 1, collected.rollouts[: config.rollouts_logged], task))
-                if _is_due(step + 1, config.checkpoint.every_steps, config.steps):
-                    learner.save(run.checkpoints, step + 1, stage, keep=config.checkpoint.keep)
+                run.log(row | marks(roll_backs, step + 1))
+                run.log_rollouts(sample_rows(step + 1, collected, rewards, config.rollouts_logged, student.tokenizer))
                 progress.advance(row)
+                match _sound(alarms.observe(row), run):
+                    case Alarm(action="roll_back") as alarm:
+                        run.roll_back(alarm)
+                        return None
+                    case Alarm(action="stop") as alarm:
+                        save(step + 1)
+                        raise StoppedByRule(alarm.sentence)
+                if interrupt.is_requested() or _is_due(step + 1, config.checkpoint.every_steps, config.steps):
+                    save(step + 1)
+                if step == num_done:
+                    _doubt(config, row)
     finally:
         stage.close()
     return checkpoint.found(run.checkpoints)[-1]
+
+
+def _collect(stage: Stage, step: int, save: Callable[[int], None]) -> Collected:
+    """The data of step s; where there is none to be had, what was learnt before is saved."""
+    try:
+        return stage.collect(step)
+    except (TeacherError, Stopped):
+        if step > 0:
+            save(step)
+        raise
+
+
+def _sound(alarms: Sequence[Alarm], run: RunFolder) -> Alarm | None:
+    """Writes a step's alarms down and says them; returns the gravest."""
+    for alarm in alarms:
+        run.log_alarm(alarm.row())
+        logger.warning("%s", alarm.sentence)
+    return alarms[-1] if alarms else None
+
+
+def _doubt(config: TrainConfig, row: Row) -> None:
+    """Says which of the user's own rules can never sound."""
+    rules = [rule for rule in config.watch.rules if rule not in DEFAULT_RULES]
+    for sentence in unknown_signals(rules, row):
+        logger.warning("%s", sentence)
+
+
+def _save(run: RunFolder, learner: Learner, stage: Stage, alarms: Alarms, config: TrainConfig, num_steps: int) -> None:
+    """Writes the checkpoint of `num_steps` unless it is there; keeps one from before any breach that may roll back."""
+    run.flush()
+    done = [checkpoint.num_steps_of(path) for path in checkpoint.found(run.checkpoints)]
+    if num_steps not in done:
+        num_since = sum(before >= alarms.breached_since for before in done)
+        # The new one, those from the breach on, and the last good one.
+        keep = max(config.checkpoint.keep, 1 + num_since + 1)
+        learner.save(run.checkpoints, num_steps, stage, keep=keep)
 
 
 def _is_due(num_steps: int, every_steps: int, last: int) -> bool:
@@ -72,18 +148,3 @@ def _evaluate(student: Student, task: Task, config: TrainConfig) -> Evaluation:
     sampler = TransformersSampler(student.model, student.tokenizer, eos_token_ids=student.eos_token_ids)
     budget = config.eval.max_new_tokens or config.rollout.max_new_tokens
     return evaluate(sampler, task, config.eval, max_new_tokens=budget)
-
-
-def _samples(num_steps: int, rollouts: Sequence[Rollout], task: Task) -> list[Row]:
-    return [
-        {
-            "step": num_steps,
-            "problem": rollout.problem.id,
-            "prompt": [{"role": m.role, "content": m.content} for m in rollout.problem.messages],
-            "text": rollout.text,
-            "num_tokens": len(rollout.completion_ids),
-            "is_finished": rollout.is_finished,
-            "reward": task.reward(rollout.problem, rollout.text),
-        }
-        for rollout in rollouts
-    ]

@@ -24,6 +24,14 @@ def build_schedule(optimizer: AdamW, config: OptimConfig, num_steps: int) -> Lam
     return LambdaLR(optimizer, lambda step: lr_share(step, num_steps, config))
 
 
+def use_lr(schedule: LambdaLR, lr: float) -> None:
+    """Makes `lr` the rate that the schedule takes its shares of, from the next step on."""
+    schedule.base_lrs = [lr for _ in schedule.base_lrs]
+    for group, share in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["initial_lr"] = lr
+        group["lr"] = lr * share(schedule.last_epoch)
+
+
 def lr_share(step: int, num_steps: int, config: OptimConfig) -> float:
     """Share of `config.lr` at step s of S, from 0: (s + 1) / W over W warm-up steps, then cosine to the final share."""
     if step < config.warmup_steps:

@@ -11,10 +11,8 @@ from student_trainer.config import TrainConfig
 from student_trainer.config.recipe import RecipeStage, last_checkpoint
 from student_trainer.loop import train
 from student_trainer.run_folder import RunFolder
+from student_trainer.teacher_identity import TEACHER_FILE
 from student_trainer.teacher_weights import send_checkpoint
-
-TEACHER_FILE = "teacher.json"
-"""Of a run folder: which teacher the run began with."""
 
 
 class StageFailed(ValueError):
@@ -33,7 +31,7 @@ def run_plan(plan: Sequence[RecipeStage], *, quiet: bool = False) -> Iterator[tu
     """
     for stage in plan:
         with _named(stage.name if len(plan) > 1 else None):
-            is_finished = RunFolder(stage.config).last_checkpoint == last_checkpoint(stage.config)
+            is_finished = RunFolder(stage.config).intact_checkpoint() == last_checkpoint(stage.config)
             if stage.teacher_weights is not None and not is_finished:
                 assert stage.config.teacher is not None
                 send_checkpoint(stage.config.teacher, stage.teacher_weights)

@@ -14,7 +14,9 @@ from protos.records import Chat, Privileged, ScoreItem, ScoreResult, TokenizerFi
 from protos.service import Detokenizer
 from student_trainer.client_thread import ClientThread
 from student_trainer.rollout.base import Rollout
+from student_trainer.steady_teacher import SteadyTeacher
 from student_trainer.tasks import Problem
+from student_trainer.teacher_identity import TeacherMismatch
 
 
 @dataclass(frozen=True)
@@ -25,15 +27,13 @@ class Wanted:
         teacher_top_k: how many of the teacher's own most likely ids; 0 for none.
         student_top_k: how many of the student's most likely ids to score; 0 for none.
         temperature: of the student's log-probs in the loss; None when no loss compares them.
+        entropy: the teacher's entropy, from those that can give it.
     """
 
     teacher_top_k: int = 0
     student_top_k: int = 0
     temperature: float | None = None
-
-
-class TeacherMismatch(ValueError):
-    """The teacher cannot score this student; the message says what differs."""
+    entropy: bool = False
 
 
 class Scorer:
@@ -43,6 +43,7 @@ class Scorer:
         url: as `protos.client.connect` takes it.
         temperature: of the log-probs, the same as the student's.
         timeout_s: for one call of `score`, in seconds.
+        max_wait_s: how long that call waits for a teacher that is gone; see `SteadyTeacher`.
         tls: the files of a grpcs or https teacher; None for the defaults of `connect`.
         privileged: what the teacher sees of a problem and the student does not; None for nothing.
 
@@ -59,6 +60,7 @@ class Scorer:
         *,
         temperature: float,
         timeout_s: float,
+        max_wait_s: float = 0.0,
         tls: Tls | None = None,
         privileged: Callable[[Problem], Privileged] | None = None,
     ) -> None:
@@ -68,6 +70,7 @@ class Scorer:
         self._privileged = privileged
         self._client = ClientThread(url, tls)
         self.info = self._client.info
+        self._steady = SteadyTeacher(self._client.teacher, self.info, max_wait_s)
 
     def handshake(
         self,
@@ -120,6 +123,7 @@ class Scorer:
 
         Raises:
             TeacherError: any item failed.
+            TeacherGone, TeacherMismatch: see `SteadyTeacher.score`.
         """
         return self.start(rollouts, wanted).result()
 
@@ -128,6 +132,10 @@ class Scorer:
         items = [self._item(rollout, wanted) for rollout in rollouts]
         limit = self.info.max_items
         return self._client.start(self._score([items[i : i + limit] for i in range(0, len(items), limit)]))
+
+    def take_waited_s(self) -> float:
+        """See `SteadyTeacher.take_waited_s`."""
+        return self._steady.take_waited_s()
 
     def close(self) -> None:
         """Closes the connection and its thread."""
@@ -140,7 +148,7 @@ class Scorer:
         self.close()
 
     async def _score(self, requests: Sequence[Sequence[ScoreItem]]) -> list[ScoreResult]:
-        replies = await asyncio.gather(*(self._client.teacher.score(r, timeout_s=self._timeout_s) for r in requests))
+        replies = await asyncio.gather(*(self._steady.score(r, timeout_s=self._timeout_s) for r in requests))
         return [result for results in replies for result in results]
 
     def _item(self, rollout: Rollout, wanted: Wanted) -> ScoreItem:
@@ -152,5 +160,6 @@ class Scorer:
             temperature=self._temperature,
             top_k=wanted.teacher_top_k,
             candidate_ids=rollout.top_ids[:, : wanted.student_top_k] if wanted.student_top_k else None,
+            entropy=wanted.entropy and "entropy" in self.info.supports,
             privileged=privileged,
         )

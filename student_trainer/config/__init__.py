@@ -16,6 +16,7 @@ from student_trainer.config.run import CheckpointConfig, EvalConfig, RolloutConf
 from student_trainer.config.stage import OpdStage, OpsdStage, SftStage, StageConfig
 from student_trainer.config.teacher import TeacherConfig
 from student_trainer.config.tracking import TrackingConfig
+from student_trainer.config.watch import Rule, WatchConfig
 
 __all__ = [
     "AnswerPrivileged",
@@ -34,6 +35,7 @@ __all__ = [
     "PrivilegedConfig",
     "ReferencePrivileged",
     "RolloutConfig",
+    "Rule",
     "Section",
     "SftStage",
     "StageConfig",
@@ -41,6 +43,7 @@ __all__ = [
     "TextPrivileged",
     "TrackingConfig",
     "TrainConfig",
+    "WatchConfig",
     "dump_config",
     "load_config",
     "parse_config",

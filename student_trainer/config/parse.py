@@ -131,7 +131,9 @@ def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
 
     for part in loc:
         node = resolve(node)
-        if part in node.get("properties", {}):
+        if isinstance(part, int):
+            node = node.get("items", {})
+        elif part in node.get("properties", {}):
             node = node["properties"][part]
             node = next((option for option in node.get("anyOf", []) if option.get("type") != "null"), node)
         elif mapping := node.get("discriminator", {}).get("mapping"):

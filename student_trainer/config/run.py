@@ -12,6 +12,7 @@ from student_trainer.config.privileged import PrivilegedConfig, TextPrivileged
 from student_trainer.config.stage import OpdStage, OpsdStage, StageConfig
 from student_trainer.config.teacher import TeacherConfig
 from student_trainer.config.tracking import TrackingConfig
+from student_trainer.config.watch import WatchConfig
 from student_trainer.tasks.config import TaskConfig
 
 GROUP_SIZE = 8
@@ -78,6 +79,7 @@ class TrainConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    watch: WatchConfig = WatchConfig()
     rollouts_logged: Annotated[int, Field(ge=0)] = 4
     """Rollouts written to rollouts.jsonl at each step, for people to read."""
 
@@ -115,4 +117,10 @@ class TrainConfig(Section):
                 f"stage grpo compares the samples of a problem, and rollout.samples_per_problem is "
                 f"{self.num_samples}: set it to 2 or more, for example 8"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_to_change(self) -> Self:
+        if not hasattr(self.stage, "loss") and any(rule.loss for rule in self.watch.rules):
+            raise ValueError(f"watch.rules: stage {self.stage.kind} has no loss that a roll-back could change")
         return self

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import PositiveFloat
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat
 
 from student_trainer.config.base import Section
 
@@ -17,3 +19,5 @@ class TeacherConfig(Section):
     """The certificate authority of a grpcs or https teacher, a PEM file; None is TEACHER_CA's, or else the system's."""
     timeout_s: PositiveFloat = 300.0
     """For scoring one step's rollouts."""
+    max_wait_s: Annotated[float, Field(ge=0)] = 3600.0
+    """How long training waits for a teacher that is gone before the run stops, resumable."""

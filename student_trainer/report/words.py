@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from student_trainer.monitor import HEDGES
+from student_trainer.config.watch import HEDGES
 from student_trainer.run_folder import Row
 
 MIN_WORDS = 300

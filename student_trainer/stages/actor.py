@@ -10,8 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from student_trainer import monitor
-from student_trainer.collate import Batch, collate, right_pad
+from student_trainer.collate import Batch, collate
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
 from student_trainer.seeds import pick, rollout_seeds
 from student_trainer.stages.base import Metrics
@@ -24,12 +23,14 @@ class Experience:
 
     Attributes:
         rollouts: B of them.
+        rewards: the task's own, of each.
         reward_B: float32, what each is learnt to be worth.
         learnt_B: bool, False where a rollout is left out of the loss because the budget cut it.
-        metrics: of all of them, by name; `reward` is the task's own.
+        metrics: of all of them, by name.
     """
 
     rollouts: Sequence[Rollout]
+    rewards: Sequence[float]
     reward_B: torch.Tensor
     learnt_B: torch.Tensor
     metrics: Metrics
@@ -72,10 +73,10 @@ class Actor:
         is_masking = self._truncated == "mask"
         return Experience(
             rollouts,
+            rewards,
             reward_B if is_masking else reward_B.masked_fill(~finished_B, 0.0),
             finished_B if is_masking else torch.ones_like(finished_B),
             {
-                **describe(rollouts, rewards),
                 "sampled_tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
                 "rollout_s": sampled - started,
             },
@@ -84,21 +85,6 @@ class Actor:
     def close(self) -> None:
         """Closes the connection to a remote sampler."""
         self._sampler.close()
-
-
-def describe(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> Metrics:
-    """The text of a step in figures: reward, lengths, hedges, repeats."""
-    ids = [rollout.completion_ids for rollout in rollouts]
-    mask_BT = right_pad([np.ones(len(row), bool) for row in ids], False)
-    lengths = monitor.lengths(mask_BT, torch.tensor([rollout.is_finished for rollout in rollouts]))
-    return {
-        "reward": sum(rewards) / len(rewards),
-        "length_mean": lengths.mean,
-        "length_p95": lengths.p95,
-        "truncation_rate": lengths.truncation_rate,
-        "hedge_frequency": monitor.hedge_frequency([rollout.text for rollout in rollouts], int(mask_BT.sum())),
-        "repeat_ratio": monitor.repeat_ratio([row.tolist() for row in ids]),
-    }
 
 
 def collate_written(rollouts: Sequence[Rollout], advantage_B: torch.Tensor | None = None) -> Batch:

@@ -23,6 +23,8 @@ class Collected:
         rollouts: what the student wrote; empty when it wrote nothing.
         metrics: of the data, by name.
         num_minibatches, num_epochs: how many optimiser updates it is for; see `Batch.updates`.
+        rewards: of the rollouts; empty where the stage has no use for them.
+        full_vocabulary: the first rollouts with the teacher's log-probs of the whole vocabulary, where due.
     """
 
     batch: Batch
@@ -30,6 +32,8 @@ class Collected:
     metrics: Metrics = field(default_factory=dict)
     num_minibatches: int = 1
     num_epochs: int = 1
+    rewards: Sequence[float] = ()
+    full_vocabulary: Batch | None = None
 
     def updates(self) -> Iterator[Batch]:
         """The batch of each optimiser update of the step, in order; none when there is nothing to learn from."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from protos.credentials import Tls
 from student_trainer.config import (
@@ -19,19 +21,20 @@ from student_trainer.privileged import privileged_of, refusals
 from student_trainer.rollout.base import Sampler, SamplingParams
 from student_trainer.rollout.remote import RemoteSampler
 from student_trainer.rollout.transformers import TransformersSampler
-from student_trainer.scoring import Scorer, TeacherMismatch
+from student_trainer.scoring import Scorer
 from student_trainer.sequence_logp import sequence_logp
 from student_trainer.stages.actor import Actor
 from student_trainer.stages.base import Stage
 from student_trainer.stages.critic import Critic
 from student_trainer.stages.grpo import Grpo
 from student_trainer.stages.objective import Objective
-from student_trainer.stages.opd import Opd
+from student_trainer.stages.opd import FullVocabulary, Opd
 from student_trainer.stages.ppo import Ppo
 from student_trainer.stages.sft import Sft
 from student_trainer.stages.surrogate import Reference, Surrogate
 from student_trainer.student import Student, load_backbone, load_student
 from student_trainer.tasks import Task
+from student_trainer.teacher_identity import TEACHER_FILE, TeacherIdentity, TeacherMismatch
 from student_trainer.text import render_prompt
 
 
@@ -64,7 +67,8 @@ def build_stage(config: TrainConfig, student: Student, task: Task) -> Stage:
 def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Student, task: Task) -> Opd:
     assert config.teacher is not None
     rollout = config.rollout
-    objective = Objective(stage.loss, student.vocab_size, rollout.temperature)
+    objective = Objective(stage.loss, student.vocab_size, rollout.temperature, eos_token_ids=student.eos_token_ids)
+    full = FullVocabulary(config.watch.full_vocabulary_every, config.watch.full_vocabulary_rollouts, student.vocab_size)
     told = privileged_of(config.privileged) if config.privileged else None
     if told is not None:
         for problem in task.train:  # a problem without what the teacher is to be told is found now, not at its step
@@ -74,18 +78,20 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
         config.teacher.url,
         temperature=rollout.temperature,
         timeout_s=config.teacher.timeout_s,
+        max_wait_s=config.teacher.max_wait_s,
         tls=Tls(ca=config.teacher.ca) if config.teacher.ca else None,
         privileged=told,
     )
     try:
         scorer.handshake(
             student.fingerprint,
-            objective.wanted,
+            replace(objective.wanted, teacher_top_k=student.vocab_size) if full.every_steps else objective.wanted,
             longest_prompt + rollout.max_new_tokens,
             tokenizer=student.tokenizer,
         )
         if config.privileged and (reasons := refusals(config.privileged, scorer.info)):
             raise TeacherMismatch(f"teacher {config.teacher.url}: " + "; ".join(reasons))
+        TeacherIdentity.of(scorer.info).hold(Path(config.run) / TEACHER_FILE)
     except BaseException:
         scorer.close()
         raise
@@ -107,6 +113,7 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
         sampling,
         scorer,
         objective,
+        full,
         problems_per_step=config.problems_per_step,
         seed=config.seed,
         num_steps=config.steps,

@@ -54,6 +54,7 @@ class Grpo:
             },
             num_minibatches=self._config.num_minibatches,
             num_epochs=self._config.num_epochs,
+            rewards=experience.rewards,
         )
 
     def loss(self, logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import assert_never
 
 import torch
 
-from student_trainer import losses, monitor
+from student_trainer import losses
 from student_trainer.collate import Batch
 from student_trainer.config import LossConfig
 from student_trainer.config.loss import FULL_VOCABULARY, SAMPLED
 from student_trainer.scoring import Wanted
 from student_trainer.stages.base import Metrics
+from student_trainer.stages.watch import watch_tokens
 
 DEFAULT_BETA = 0.5
 """Of jsd where the config leaves it out: the symmetric Jensen-Shannon divergence."""
@@ -25,13 +27,16 @@ class Objective:
         config: which loss, over which support.
         vocab_size: V, the width of the student's output.
         temperature: of both models' log-probs.
+        eos_token_ids: what ends a completion; watched.
 
     Attributes:
         wanted: what the loss and its monitors need of the teacher.
         top_k: K, how many of its own most likely ids the student keeps of each position.
     """
 
-    def __init__(self, config: LossConfig, vocab_size: int, temperature: float) -> None:
+    def __init__(
+        self, config: LossConfig, vocab_size: int, temperature: float, *, eos_token_ids: Sequence[int] = ()
+    ) -> None:
         if config.kind == "biased_reverse_kl":
             warnings.warn(
                 "biased_reverse_kl is for study: differentiating through the log-ratio adds the gradient of the "
@@ -42,6 +47,7 @@ class Objective:
             )
         self._config = config
         self._temperature = temperature
+        self._eos_token_ids = eos_token_ids
         self.top_k = min(config.top_k, vocab_size)
         # The teacher's list is asked for whatever the loss: the overlap of the two lists is the first monitor. It also
         # answers for every id of the intersection, of the teacher's own support and of a whole vocabulary.
@@ -50,6 +56,7 @@ class Objective:
             teacher_top_k=vocab_size if config.kind in FULL_VOCABULARY else self.top_k,
             student_top_k=self.top_k if needs_candidates else 0,
             temperature=temperature,
+            entropy=True,
         )
 
     @property
@@ -73,25 +80,10 @@ class Objective:
 
     @torch.no_grad()
     def watch(self, logits_BTV: torch.Tensor, batch: Batch) -> Metrics:
-        """Monitors of one micro-batch; see `student_trainer.monitor`."""
-        top_BTK, teacher_logp_BT = _present(batch.student_top_BTK), _present(batch.teacher_logp_BT)
+        """Monitors of some tokens, those of the support but for a sampled loss, which has none; see `watch_tokens`."""
         logp_BTV = losses.log_probs(logits_BTV, self._temperature)
-        logp_BT = _sampled_logp(logp_BTV, batch)
-        overlap = monitor.overlap(
-            top_BTK,
-            losses.gather(logp_BTV, losses.student_support(top_BTK)),
-            _present(batch.teacher_top_BTK)[..., : self.top_k],
-            _present(batch.teacher_top_logp_BTK)[..., : self.top_k],
-            batch.mask_BT,
-        )
-        return {
-            "reverse_kl": monitor.sampled_reverse_kl(logp_BT, teacher_logp_BT, batch.mask_BT),
-            "overlap_ratio": overlap.ratio,
-            "overlap_student_mass": overlap.student_mass,
-            "overlap_teacher_mass": overlap.teacher_mass,
-            "entropy": monitor.entropy(logp_BTV, batch.mask_BT),
-            **({} if self._is_sampled else self._support_mass(logp_BTV, batch)),
-        }
+        paired = None if self._is_sampled else self._paired(batch)
+        return watch_tokens(logp_BTV, batch, paired, top_k=self.top_k, eos_token_ids=self._eos_token_ids)
 
     def _sampled(self, logp_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
         logp_BT, teacher_logp_BT = _sampled_logp(logp_BTV, batch), _present(batch.teacher_logp_BT)
@@ -128,11 +120,6 @@ class Objective:
                 return losses.tail_forward_kl(student_logp_BTS, tail_BT, teacher_logp_BTS, mask_BTS)
             case _:
                 raise AssertionError(f"{self._config.kind} has no support")
-
-    def _support_mass(self, logp_BTV: torch.Tensor, batch: Batch) -> Metrics:
-        support, teacher_logp_BTS = self._paired(batch)
-        mass = monitor.support_mass(losses.gather(logp_BTV, support), teacher_logp_BTS, support.mask_BTS, batch.mask_BT)
-        return {"support_student_mass": mass.student, "support_teacher_mass": mass.teacher}
 
     def _paired(self, batch: Batch) -> tuple[losses.Support, torch.Tensor]:
         """The support, and the teacher's log-probs on it, [B, T, S]."""

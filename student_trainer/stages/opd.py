@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from protos.records import ScoreResult
+from student_trainer import monitor
 from student_trainer.collate import Batch, collate
 from student_trainer.pipeline import Pipeline
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
-from student_trainer.scoring import Scorer
+from student_trainer.scoring import Scorer, Wanted
 from student_trainer.seeds import pick, rollout_seeds
-from student_trainer.stages.actor import describe
 from student_trainer.stages.base import Collected, Metrics
 from student_trainer.stages.objective import Objective
 from student_trainer.tasks import Task
@@ -67,6 +67,15 @@ class _Scoring:
         self._ended = time.perf_counter()
 
 
+@dataclass(frozen=True)
+class FullVocabulary:
+    """How often, and for how many of a step's rollouts, the teacher gives its whole vocabulary of V ids; 0 is never."""
+
+    every_steps: int
+    num_rollouts: int
+    vocab_size: int
+
+
 class Opd:
     """Rollouts of the student, scored by whatever teacher `scorer` reaches.
 
@@ -82,6 +91,7 @@ class Opd:
         sampling: SamplingParams,
         scorer: Scorer,
         objective: Objective,
+        full_vocabulary: FullVocabulary,
         *,
         problems_per_step: int,
         seed: int,
@@ -95,6 +105,7 @@ class Opd:
         self._sampling = sampling
         self._scorer = scorer
         self._objective = objective
+        self._full_vocabulary = full_vocabulary
         self._problems_per_step = problems_per_step
         self._seed = seed
         self._current_logp = current_logp
@@ -108,9 +119,15 @@ class Opd:
         batch = collate_scored(written.rollouts, written.results)
         metrics = {"rollout_s": written.rollout_s, "score_s": written.waited_s, "staleness": float(staleness)}
         metrics["scored_tokens_per_s"] = batch.num_tokens / written.score_s
-        rewards = [self._task.reward(rollout.problem, rollout.text) for rollout in written.rollouts]
+        full = self._scored_in_full(written.rollouts, step)
+        if waited_s := self._scorer.take_waited_s():
+            metrics["teacher_wait_s"] = waited_s
         return Collected(
-            self._weighted(batch, staleness), written.rollouts, describe(written.rollouts, rewards) | metrics
+            self._weighted(batch, staleness),
+            written.rollouts,
+            metrics,
+            rewards=[self._task.reward(rollout.problem, rollout.text) for rollout in written.rollouts],
+            full_vocabulary=full,
         )
 
     def loss(self, logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -146,6 +163,14 @@ class Opd:
         sampled = time.perf_counter()
         return _Scoring(rollouts, sampled - started, self._scorer.start(rollouts, self._objective.wanted), sampled)
 
+    def _scored_in_full(self, rollouts: Sequence[Rollout], step: int) -> Batch | None:
+        full = self._full_vocabulary
+        if not full.every_steps or (step + 1) % full.every_steps:
+            return None
+        first = rollouts[: full.num_rollouts]
+        wanted = Wanted(teacher_top_k=full.vocab_size)
+        return collate_scored(first, self._scorer.score(first, wanted))
+
 
 def prefix_weights(logp_BT: torch.Tensor, behaviour_logp_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     """w_t = min(prod_{i<t} p(y_i) / mu(y_i), MAX_WEIGHT), [B, T], a constant; 1 at every first token and on padding.
@@ -164,6 +189,7 @@ def prefix_weights(logp_BT: torch.Tensor, behaviour_logp_BT: torch.Tensor, mask_
 
 def collate_scored(rollouts: Sequence[Rollout], results: Sequence[ScoreResult]) -> Batch:
     """One batch of B rollouts and their scores, in the same order."""
+    entropies = [result.entropy for result in results if result.entropy is not None]
     return collate(
         [rollout.prompt_ids for rollout in rollouts],
         [rollout.completion_ids for rollout in rollouts],
@@ -173,4 +199,6 @@ def collate_scored(rollouts: Sequence[Rollout], results: Sequence[ScoreResult]) 
         teacher_top_BTK=[result.top_ids for result in results],
         teacher_top_logp_BTK=[result.top_logprobs for result in results],
         teacher_candidate_logp_BTM=[result.candidate_logprobs for result in results],
+        teacher_entropy_BT=entropies or None,
+        decile_weight_BTD=monitor.decile_weights([len(rollout.completion_ids) for rollout in rollouts]),
     )

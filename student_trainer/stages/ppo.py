@@ -41,7 +41,7 @@ class Ppo:
         metrics = experience.metrics | {"rollouts_masked": len(experience.rollouts) - len(rollouts)}
         batch = collate_written(rollouts)
         if not rollouts:
-            return Collected(batch, experience.rollouts, metrics)
+            return Collected(batch, experience.rollouts, metrics, rewards=experience.rewards)
         if self._reference:
             batch = dataclasses.replace(batch, reference_logp_BT=self._reference.log_probs(batch))
         value_BT = self._critic.values(batch)
@@ -55,6 +55,7 @@ class Ppo:
             metrics | {"value_loss": loss, "value_mean": float(value_BT[batch.mask_BT].mean())},
             num_minibatches=config.num_minibatches,
             num_epochs=config.num_epochs,
+            rewards=experience.rewards,
         )
 
     def loss(self, logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:

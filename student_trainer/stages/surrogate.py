@@ -60,7 +60,7 @@ class Surrogate:
             "sampler_kl": float(
                 losses.token_mean(policy.reference_kl(logp_BT, batch.sampled_logp_BT, batch.mask_BT), batch.mask_BT)
             ),
-            "entropy": monitor.entropy(logp_BTV, batch.mask_BT),
+            "entropy": float(losses.token_mean(monitor.entropy(logp_BTV.exp(), logp_BTV), batch.mask_BT)),
         }
         if batch.reference_logp_BT is not None:
             divergence_BT = policy.reference_kl(logp_BT, batch.reference_logp_BT, batch.mask_BT)

@@ -111,13 +111,15 @@ def test_only_the_newest_checkpoints_are_kept_and_a_partial_one_is_not_one(tmp_p
 
 @dataclasses.dataclass
 class Poisoned:
-    """A stage whose loss is not a number."""
+    """A stage over one text whose loss is multiplied by `factor`."""
+
+    factor: float
 
     def collect(self, step):
         return Collected(collate([np.array([1], np.int32)], [np.array([5, EOS], np.int32)]))
 
     def loss(self, logits_BTV, batch):
-        return logits_BTV.sum(-1) * torch.nan
+        return logits_BTV.sum(-1) * self.factor
 
     def watch(self, logits_BTV, batch):
         return {}
@@ -126,13 +128,18 @@ class Poisoned:
         pass
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, model):
-    student = load_student(ModelConfig(path=str(model)))
-    before = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
-    learner = Learner.build(student, config(tmp_path, model))
-    with pytest.raises(FloatingPointError, match="loss nan"):
-        learner.step(Poisoned(), Poisoned().collect(0))
-    assert all(tensor.equal(before[name]) for name, tensor in student.model.state_dict().items())
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf, 1e38], ids=["nan loss", "inf loss", "inf gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_leaves_everything_as_it_was(tmp_path, model, factor):
+    """Beside a learner that never took the step: the next good step takes both to the same weights."""
+    good, poisoned = Poisoned(1.0), Poisoned(factor)
+    states = []
+    for stages in ([good, good], [good, poisoned, good]):
+        learner = Learner.build(load_student(ModelConfig(path=str(model))), config(tmp_path, model))
+        rows = [learner.step(stage, stage.collect(0)) for stage in stages]
+        assert [row["skipped_steps"] for row in rows] == [int(stage is poisoned) for stage in stages]
+        moments = [value for state in learner.optimizer.state.values() for value in state.values()]
+        states.append([*learner.student.model.state_dict().values(), *moments, torch.tensor(rows[-1]["lr"])])
+    assert all(left.equal(right) for left, right in zip(*states, strict=True))
 
 
 def test_a_problem_without_a_reference_is_named(model, task):

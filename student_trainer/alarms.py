@@ -1,0 +1,171 @@
+"""From a run's metrics and the config's rules to alarms. What follows from an alarm is the loop's."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from student_trainer.config import Rule, WatchConfig
+from student_trainer.roll_back import RollBack
+
+SKIPPED = "skipped_steps"
+"""The metric that counts the run's skipped optimiser updates."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A signal that has been out of bounds for as long as its rule allows.
+
+    Attributes:
+        rule: the rule that it broke.
+        step: at which it did.
+        since: the first step of those on end in which the signal was out of bounds.
+        value: of the signal at `step`.
+        num_steps: optimiser steps so far, those that were rolled back included.
+        action: what follows: the rule's, or "stop" for a roll-back too many.
+    """
+
+    rule: Rule
+    step: int
+    since: int
+    value: float
+    num_steps: int
+    action: Literal["warn", "stop", "roll_back"]
+
+    @property
+    def sentence(self) -> str:
+        """The alarm for a person."""
+        rule = self.rule
+        held = f" since step {self.since}" if self.since != self.step else ""
+        return (
+            f"step {self.step}: {rule.signal} is {self.value:.4g}, {rule.side} {rule.threshold:g}{held}, "
+            f"after {self.num_steps} steps in all{self._consequence}"
+        )
+
+    @property
+    def _consequence(self) -> str:
+        if self.action == "roll_back":
+            changes = [f"{self.rule.lr_scale:g} times the learning rate"] if self.rule.lr_scale else []
+            changes += [f"the loss {self.rule.loss.kind}"] if self.rule.loss else []
+            return f"; back to the last checkpoint before step {self.since}, and on with {' and '.join(changes)}"
+        if self.action == "stop":
+            spent = "it was rolled back as often as watch.max_roll_backs allows, so " * (
+                self.rule.action == "roll_back"
+            )
+            return f"; {spent}the run stops here, and goes on when the rule in `watch` is changed"
+        return ""
+
+    def row(self) -> dict[str, Any]:
+        """The alarm as a line of alarms.jsonl."""
+        return {
+            "step": self.step,
+            "signal": self.rule.signal,
+            "value": self.value,
+            "threshold": self.rule.threshold,
+            "side": self.rule.side,
+            "action": self.action,
+            "num_steps": self.num_steps,
+            "sentence": self.sentence,
+        }
+
+
+@dataclass
+class _Streak:
+    """For how many logged steps on end a signal has been out of bounds."""
+
+    rule: Rule
+    length: int = 0
+    since: int = 0
+    is_logged: bool = False
+
+    def extend(self, row: dict[str, Any]) -> None:
+        rule = self.rule
+        value = row.get(rule.signal, math.nan)
+        self.is_logged = not math.isnan(value) and row["step"] >= rule.from_step
+        if not self.is_logged:
+            return
+        if (value > rule.threshold) if rule.side == "above" else (value < rule.threshold):
+            self.since = self.since if self.length else row["step"]
+            self.length += 1
+        else:
+            self.length = 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_logged and self.length >= self.rule.for_steps
+
+
+class Alarms:
+    """The rules of a run, fed with its rows in order.
+
+    A warning sounds once each time a signal leaves its bounds for long enough; a rule that stops or rolls back sounds
+    at every step for as long as the signal stays out, so that a run that is started again stops again.
+
+    Args:
+        config: the rules; that of `max_skipped_steps` is added to them.
+        rows: what the run has logged before, without the steps that it will do again.
+        roll_backs: the run's so far.
+
+    Attributes:
+        last_row: the newest row; empty before the first.
+    """
+
+    def __init__(
+        self, config: WatchConfig, rows: Iterable[dict[str, Any]] = (), roll_backs: Sequence[RollBack] = ()
+    ) -> None:
+        skipped = Rule(signal=SKIPPED, above=config.max_skipped_steps, action="stop")
+        self._streaks = [_Streak(rule) for rule in (*config.rules, skipped)]
+        self._num_undone = sum(roll_back.num_undone for roll_back in roll_backs)
+        self._can_roll_back = len(roll_backs) < config.max_roll_backs
+        self.last_row: dict[str, Any] = {}
+        for row in rows:
+            self._extend(row)
+
+    def observe(self, row: dict[str, Any]) -> list[Alarm]:
+        """The alarms at the next step, which logged `row`; the gravest last."""
+        self._extend(row)
+        return self._sounding(is_new=True)
+
+    def standing(self) -> Alarm | None:
+        """The alarm that has stopped the run and would again; None when there is none."""
+        return next((alarm for alarm in self._sounding(is_new=False) if alarm.action == "stop"), None)
+
+    @property
+    def breached_since(self) -> float:
+        """The first step of the oldest breach that may yet lead to a roll-back; infinite when there is none."""
+        breaches = [s.since for s in self._streaks if s.length and s.rule.action == "roll_back"]
+        return min(breaches, default=math.inf)
+
+    def _extend(self, row: dict[str, Any]) -> None:
+        self.last_row = row
+        for streak in self._streaks:
+            streak.extend(row)
+
+    def _sounding(self, *, is_new: bool) -> list[Alarm]:
+        alarms = [
+            self._alarm(streak)
+            for streak in self._streaks
+            if streak.is_over and (streak.rule.action != "warn" or (is_new and streak.length == streak.rule.for_steps))
+        ]
+        return sorted(alarms, key=lambda alarm: ("warn", "roll_back", "stop").index(alarm.action))
+
+    def _alarm(self, streak: _Streak) -> Alarm:
+        action = streak.rule.action
+        if action == "roll_back" and not self._can_roll_back:
+            action = "stop"
+        step, value = self.last_row["step"], float(self.last_row[streak.rule.signal])
+        return Alarm(streak.rule, step, streak.since, value, step + self._num_undone, action)
+
+
+def unknown_signals(rules: Sequence[Rule], row: Collection[str]) -> list[str]:
+    """A sentence for each rule whose signal a step has not logged, for those that are watched at every step."""
+    sentences = []
+    for rule in rules:
+        if rule.signal not in row and not rule.signal.startswith(("eval/", "full/")):
+            close = difflib.get_close_matches(rule.signal, row, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            sentences.append(f"watch.rules: this run logs no {rule.signal!r}, so the rule never sounds{hint}")
+    return sentences

@@ -1,0 +1,142 @@
+"""One teacher for a whole run: waited for while it is gone, refused when it comes back as another."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from protos.client import Teacher
+from protos.errors import EngineFailed, TeacherError
+from protos.records import ScoreItem, ScoreResult, TeacherInfo
+from student_trainer import interrupt
+from student_trainer.stopped import TeacherGone
+from student_trainer.teacher_identity import TeacherIdentity, TeacherMismatch
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+"""Between two attempts, doubled each time: a restart takes seconds, and who comes back must not be flooded."""
+
+POLL_S = 0.1
+"""How often a pause looks for a signal that ends the run."""
+
+SAY_EVERY_S = 30.0
+"""Between two lines about one wait."""
+
+IDENTITY_HOLDS_S = 1.0
+"""No server is replaced by another in less, so it is not asked again who it is."""
+
+logger = logging.getLogger(__name__)
+
+
+class SteadyTeacher:
+    """Scores by `teacher`, which stays the caller's to close.
+
+    Waited for: everything that a retry can help, and an engine that failed, whose server ends and is restarted.
+
+    Args:
+        info: what the teacher said of itself when the run began.
+        max_wait_s: how long one call waits for a teacher that is gone.
+    """
+
+    def __init__(self, teacher: Teacher, info: TeacherInfo, max_wait_s: float) -> None:
+        self._teacher = teacher
+        self._identity = TeacherIdentity.of(info)
+        self._max_wait_s = max_wait_s
+        self._identified = time.monotonic()
+        self._said = 0.0
+        self._gone_since: float | None = None
+        self._waited_s = 0.0
+
+    async def score(self, items: Sequence[ScoreItem], *, timeout_s: float) -> list[ScoreResult]:
+        """One result for each item, in order.
+
+        Raises:
+            TeacherMismatch: another teacher, or other weights, than when the run began.
+            TeacherGone: it was waited for in vain.
+            Interrupted: a signal came during the wait.
+            TeacherError: any other failure.
+        """
+        failed_at: float | None = None
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                await self._identify()
+                results = await self._teacher.score(items, timeout_s=timeout_s)
+            except TeacherError as error:
+                if not (error.row.retryable or isinstance(error, EngineFailed)):
+                    raise
+                now = time.monotonic()
+                failed_at = failed_at or now
+                self._missed(error, now)
+                if now - failed_at >= self._max_wait_s:
+                    raise self._gone(error, now - failed_at) from error
+                await _pause(min(max(pause_s, error.retry_after_s or 0.0), failed_at + self._max_wait_s - now))
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            else:
+                self._answered()
+                self._check_weights(results)
+                return results
+
+    def expect_weights(self, version: int) -> None:
+        """The weights that answers have from here on: the run itself has changed them."""
+        self._identity = replace(self._identity, weights_version=version)
+
+    def take_waited_s(self) -> float:
+        """Seconds that the teacher was gone since this was last asked."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
+
+    async def _identify(self) -> None:
+        if self._gone_since is None and time.monotonic() - self._identified < IDENTITY_HOLDS_S:
+            return
+        self._refuse(self._identity.changes(TeacherIdentity.of(await self._teacher.info())))
+        self._identified = time.monotonic()
+
+    def _check_weights(self, results: Sequence[ScoreResult]) -> None:
+        expected = self._identity.weights_version
+        others = sorted({result.weights_version for result in results} - {expected})
+        self._refuse([f"weights_version was {expected} and is {version}" for version in others])
+
+    def _refuse(self, changes: Sequence[str]) -> None:
+        if changes:
+            raise TeacherMismatch(
+                f"teacher {self._teacher.url} has changed during the run: {'; '.join(changes)}; bring the one before "
+                "back and run the same command to go on"
+            )
+
+    def _missed(self, error: TeacherError, now: float) -> None:
+        if self._gone_since is None:
+            self._gone_since = now
+            self._said = 0.0
+        if now - self._said >= SAY_EVERY_S:
+            self._said = now
+            logger.warning(
+                "teacher %s does not answer (%s: %s): waiting, %.0f s so far, at most %.0f s",
+                self._teacher.url,
+                error.name,
+                error,
+                now - self._gone_since,
+                self._max_wait_s,
+            )
+
+    def _answered(self) -> None:
+        if self._gone_since is not None:
+            waited_s = time.monotonic() - self._gone_since
+            self._gone_since = None
+            self._waited_s += waited_s
+            logger.warning("teacher %s is back after %.0f s", self._teacher.url, waited_s)
+
+    def _gone(self, error: TeacherError, waited_s: float) -> TeacherGone:
+        return TeacherGone(
+            f"teacher {self._teacher.url} has not answered for {waited_s:.0f} s (teacher.max_wait_s is "
+            f"{self._max_wait_s:g}; {error.name}: {error}); run the same command to go on when it is back"
+        )
+
+
+async def _pause(seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        interrupt.raise_if_requested()
+        await asyncio.sleep(min(left, POLL_S))
