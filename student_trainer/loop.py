@@ -25,6 +25,7 @@ from student_trainer.stages.watch import full_row, watch_collected
 from student_trainer.stopped import Stopped, StoppedByRule
 from student_trainer.student import Student, load_student
 from student_trainer.tasks import Task, build_task
+from student_trainer.teacher_identity import TeacherMismatch
 from student_trainer.tracking import follow
 
 NOTHING = -1
@@ -108,7 +109,7 @@ def _collect(stage: Stage, step: int, save: Callable[[int], None]) -> Collected:
     """The data of step s; where there is none to be had, what was learnt before is saved."""
     try:
         return stage.collect(step)
-    except (TeacherError, Stopped):
+    except (TeacherError, TeacherMismatch, Stopped):
         if step > 0:
             save(step)
         raise
