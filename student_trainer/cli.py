@@ -29,12 +29,15 @@ def train(config: Path, *overrides: Annotated[str, Parameter()], teacher: str | 
         teacher: The teacher's URL, in place of teacher.url.
     """
     settings = load_config(config, [*overrides, *([f"teacher.url={teacher}"] if teacher else [])])
+    from student_trainer.distributed import is_main
     from student_trainer.loop import train as run
     from student_trainer.progress import quiet_libraries
     from student_trainer.report import write_report
 
     quiet_libraries()
     last = run(settings)
+    if not is_main():
+        return
     report = write_report(Path(settings.run))
     Console().print(f"student: {last}\nreport:  {report}", highlight=False, soft_wrap=True)
 
@@ -91,7 +94,7 @@ def main() -> None:
     """The entry point: a mistake is one sentence on standard error and exit code 2."""
     try:
         app()
-    except (ConfigError, TeacherError, ValueError, FloatingPointError) as error:
+    except (ConfigError, TeacherError, ValueError, FloatingPointError, ConnectionError) as error:
         sys.stderr.write(f"student-trainer: {error}\n")
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:

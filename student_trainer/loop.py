@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from student_trainer import checkpoint
+from student_trainer import checkpoint, distributed
 from student_trainer.config import TrainConfig
 from student_trainer.evaluate import Evaluation, evaluate
 from student_trainer.learner import Learner
@@ -22,12 +22,14 @@ NOTHING = -1
 """Before the evaluation that is logged as step 0."""
 
 
+@distributed.joined()
 def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     """Runs, or goes on with, the training run that `config` describes; returns its last checkpoint's folder.
 
     Raises:
         ConfigError: the run folder, the model or the config is wrong.
         TeacherError, TeacherMismatch: the teacher failed, or cannot score this student.
+        PeerLostError: another process of this run, started by torchrun, has ended.
         FloatingPointError: the loss or the gradient is not finite; the last checkpoint is intact.
     """
     run = RunFolder(config)
@@ -41,13 +43,14 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     run.forget_after(num_done if resumed_from else NOTHING)
     stage = build_stage(config, student, task)
     try:
-        with Progress(config, start=num_done, quiet=quiet) as progress:
+        with Progress(config, start=num_done, quiet=quiet or not distributed.is_main()) as progress:
             if not resumed_from:
                 run.log({"step": 0, **_evaluate(student, task, config).metrics()})
             for step in range(num_done, config.steps):
                 started = time.perf_counter()
                 collected = stage.collect(step)
-                row: Row = {"step": step + 1, **collected.metrics, **learner.step(stage, collected)}
+                row: Row = {"step": step + 1, **distributed.means(collected.metrics, collected.batch.num_sequences)}
+                row |= learner.step(stage, collected)
                 row["step_s"] = time.perf_counter() - started
                 if _is_due(step + 1, config.eval.every_steps, config.steps):
                     row |= _evaluate(student, task, config).metrics()

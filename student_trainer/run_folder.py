@@ -16,6 +16,7 @@ from typing import Any
 
 from student_trainer import checkpoint
 from student_trainer.config import ConfigError, TrainConfig, dump_config
+from student_trainer.distributed import is_main
 
 Row = dict[str, Any]
 
@@ -25,6 +26,8 @@ MAY_CHANGE = ("teacher.", "checkpoint.", "rollouts_logged")
 
 class RunFolder:
     """One run's files; opening an earlier run's folder goes on with it, wherever its teacher has moved (MAY_CHANGE).
+
+    Of several ranks the first alone writes, and refuses another run's folder for all.
 
     Raises:
         ConfigError: the folder holds a run of another config, or cannot be written.
@@ -39,9 +42,10 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = self.path / "config.toml"
-            if file.exists():
+            if is_main() and file.exists():
                 _refuse_other_config(self.path, tomllib.loads(file.read_text()), tomllib.loads(text))
-            file.write_text(text)
+            if is_main():
+                file.write_text(text)
         except OSError as error:
             raise ConfigError(f"run folder {self.path}: {error.strerror}") from None
 
@@ -53,6 +57,8 @@ class RunFolder:
 
     def forget_after(self, num_steps: int) -> None:
         """Drops what was logged after `num_steps` steps, which will be done again; -1 drops step 0 too."""
+        if not is_main():
+            return
         for path in (self._metrics, self._rollouts):
             if path.exists():
                 rows = [row for row in read_rows(path) if row["step"] <= num_steps]
@@ -84,6 +90,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _append(path: Path, rows: list[Row]) -> None:
+    if not is_main():
+        return
     with path.open("a") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 

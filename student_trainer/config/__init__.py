@@ -2,7 +2,7 @@
 
 from student_trainer.config.base import ConfigError, Section
 from student_trainer.config.loss import LossConfig
-from student_trainer.config.model import ModelConfig, OptimConfig
+from student_trainer.config.model import LoraConfig, ModelConfig, OptimConfig
 from student_trainer.config.parse import dump_config, load_config, parse_config
 from student_trainer.config.run import CheckpointConfig, EvalConfig, RolloutConfig, TrainConfig
 from student_trainer.config.stage import OpdStage, OpsdStage, SftStage, StageConfig
@@ -19,6 +19,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "EvalConfig",
+    "LoraConfig",
     "LossConfig",
     "ModelConfig",
     "OpdStage",

@@ -9,15 +9,32 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from student_trainer.config.base import Section
 
 
+class LoraConfig(Section):
+    """Low-rank adapters: B A · alpha / rank is added to linear layers, and only A and B are trained."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the adapter's input while it is trained."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the linear layers, such as "q_proj"; none given means every linear layer but the output."""
+
+
 class ModelConfig(Section):
     """The student."""
 
     path: str
-    """A folder in transformers' format, or a Hub id."""
+    """A folder in transformers' format, a Hub id, or a LoRA adapter's folder, which is merged into its base."""
     revision: str | None = None
     """A Hub revision; None is the newest."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and activations."""
+    """Of weights and activations; bfloat16 is trained through float32 master weights."""
+    lora: LoraConfig | None = None
+    """None trains every weight; `lora = {}` trains an adapter with the defaults."""
+    gradient_checkpointing: bool = False
+    """Computes activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    chat_template: str | None = None
+    """For a base model that has none: "plain", "chatml", or a Jinja file. None keeps the model's own."""
     device: str = "auto"
     """"auto" takes CUDA where there is one."""
 

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
+from student_trainer.distributed import gathered
 from student_trainer.rollout.base import Rollout, SamplingParams
 from student_trainer.rollout.draw import draw, streams
 from student_trainer.tasks import Problem
@@ -38,7 +39,8 @@ class TransformersSampler:
         was_training = self._model.training
         self._model.eval()
         try:
-            ids_BT, logp_BT, top_BTK = self._decode([prompts[owner] for owner in owners], params, uniform_BT2)
+            with gathered(self._model):
+                ids_BT, logp_BT, top_BTK = self._decode([prompts[owner] for owner in owners], params, uniform_BT2)
         finally:
             self._model.train(was_training)
         return [

@@ -14,6 +14,7 @@ import torch
 from protos.records import ScoreResult
 from student_trainer import monitor
 from student_trainer.collate import Batch, collate
+from student_trainer.distributed import share
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
 from student_trainer.scoring import Scorer
 from student_trainer.seeds import pick, rollout_seeds
@@ -46,9 +47,9 @@ class Opd:
 
     def collect(self, step: int) -> Collected:
         """Step s's rollouts and the teacher's scores of them."""
-        problems = pick(self._task.train, self._problems_per_step, step, self._seed)
+        problems = share(pick(self._task.train, self._problems_per_step, step, self._seed))
         started = time.perf_counter()
-        seeds = rollout_seeds(self._seed, step, self._problems_per_step)
+        seeds = share(rollout_seeds(self._seed, step, self._problems_per_step))
         rollouts = self._sampler.sample(problems, self._sampling, seeds=seeds)
         sampled = time.perf_counter()
         results = self._scorer.score(rollouts, self._objective.wanted)

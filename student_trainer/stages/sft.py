@@ -9,6 +9,7 @@ import torch
 
 from protos.records import Int32
 from student_trainer.collate import Batch, collate
+from student_trainer.distributed import share
 from student_trainer.losses import log_probs
 from student_trainer.seeds import pick
 from student_trainer.stages.base import Collected, Metrics
@@ -18,7 +19,7 @@ from student_trainer.text import render_prompt
 
 
 class Sft:
-    """Negative log-likelihood of each reference and its EOS.
+    """Negative log-likelihood of each reference and the id that ends an assistant's turn.
 
     Raises:
         ValueError: a problem has no reference.
@@ -35,7 +36,7 @@ class Sft:
 
     def collect(self, step: int) -> Collected:
         """The references of step s's problems."""
-        problems = pick(self._problems, self._problems_per_step, step, self._seed)
+        problems = share(pick(self._problems, self._problems_per_step, step, self._seed))
         prompts = [render_prompt(self._student.tokenizer, problem.messages) for problem in problems]
         return Collected(collate(prompts, [self._reference_ids(problem) for problem in problems]))
 
@@ -54,4 +55,4 @@ class Sft:
 
     def _reference_ids(self, problem: Problem) -> Int32:
         ids = self._student.tokenizer(problem.reference, add_special_tokens=False).input_ids
-        return np.asarray([*ids, self._student.tokenizer.eos_token_id], np.int32)
+        return np.asarray([*ids, self._student.turn_end_id], np.int32)
