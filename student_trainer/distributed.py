@@ -55,6 +55,8 @@ def local_device(name: str) -> torch.device:
 def joined() -> Iterator[None]:
     """Meets the other ranks that torchrun started, and parts from them at the end.
 
+    The ranks of one start can meet once: for several runs in one process, put one block around all of them.
+
     Raises:
         PeerLostError: another rank ended first.
     """

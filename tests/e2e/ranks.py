@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 from student_trainer.config import load_config
+from student_trainer.distributed import joined
 from student_trainer.loop import train
 
-for config in sys.argv[1:]:
-    train(load_config(Path(config)), quiet=True)
+with joined():
+    for config in sys.argv[1:]:
+        train(load_config(Path(config)), quiet=True)

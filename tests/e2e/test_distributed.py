@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 6
 HALF = 3
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 
 
 @pytest.fixture(scope="module")
