@@ -7,6 +7,7 @@ is the identity and torch.distributed is never started.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,31 +54,27 @@ def local_device(name: str) -> torch.device:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Meets the other ranks that torchrun started, and parts from them at the end.
-
-    The ranks of one start can meet once: for several runs in one process, put one block around all of them.
+    """Meets the other ranks that torchrun started; they part when the process ends, for they can meet only once.
 
     Raises:
         PeerLostError: another rank ended first.
     """
-    if world_size() == 1 or _is_joined():
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_device("cuda"))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    if world_size() > 1 and not _is_joined():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_device("cuda"))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        atexit.register(dist.destroy_process_group)
     try:
         yield
     except RuntimeError as error:
         # Gloo has no error class of its own; its messages name its source file.
         if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            atexit.unregister(dist.destroy_process_group)  # it would wait for the lost one
             raise PeerLostError(
                 f"rank {rank()}: another of the {world_size()} processes of this run has ended; its own message says "
                 "why. Run the same command to go on from the last checkpoint"
             ) from error
         raise
-    dist.destroy_process_group()
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

@@ -67,7 +67,7 @@ def load_student(config: ModelConfig) -> Student:
         if model.generation_config is not None:
             model.generation_config.eos_token_id = list(ids)  # whoever serves a checkpoint must stop there too
         if config.lora:
-            _add_adapter(model, config.lora, config.path)
+            _add_adapter(model, config.lora, config.path, config.revision)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path {config.path!r}: {str(error).splitlines()[0]}") from error
     model.to(distributed.local_device(config.device))  # pyright: ignore[reportArgumentType]
@@ -97,7 +97,7 @@ def load_merged(path: str, revision: str | None, dtype: torch.dtype) -> PreTrain
     return merged
 
 
-def _add_adapter(model: PreTrainedModel, config: LoraConfig, path: str) -> None:
+def _add_adapter(model: PreTrainedModel, config: LoraConfig, path: str, revision: str | None) -> None:
     """Freezes the model and puts a fresh adapter into it: A random, the same for every run, and B 0."""
     from peft import LoraConfig as PeftLoraConfig
 
@@ -106,6 +106,7 @@ def _add_adapter(model: PreTrainedModel, config: LoraConfig, path: str) -> None:
         model.add_adapter(
             PeftLoraConfig(
                 task_type="CAUSAL_LM",
+                revision=revision,
                 r=config.rank,
                 lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
                 lora_dropout=config.dropout,

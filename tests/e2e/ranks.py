@@ -5,9 +5,7 @@ import sys
 from pathlib import Path
 
 from student_trainer.config import load_config
-from student_trainer.distributed import joined
 from student_trainer.loop import train
 
-with joined():
-    for config in sys.argv[1:]:
-        train(load_config(Path(config)), quiet=True)
+for config in sys.argv[1:]:
+    train(load_config(Path(config)), quiet=True)

@@ -112,19 +112,15 @@ def test_two_processes_take_the_steps_of_one(tmp_path, model, teacher_url):
     for name in ("sft", "opd", "lora"):
         assert curve(two[name]) == pytest.approx(curve(one[name]), abs=1e-4)
         assert curve(two[name], "grad_norm") == pytest.approx(curve(one[name], "grad_norm"), abs=1e-3)
-        assert curve(one[name])[0] != pytest.approx(curve(one[name])[-1], abs=1e-2)  # there is something to differ in
+        assert abs(curve(one[name])[0] - curve(one[name])[-1]) > 30e-4  # the runs went 30 tolerances far
     assert curve(one_then_two) == pytest.approx(curve(one["sft"]), abs=1e-4)
     assert curve(two_then_one) == pytest.approx(curve(one["opd"]), abs=1e-4)
-    rewards = [[row["eval/accuracy"] for row in rows(c) if "eval/accuracy" in row] for c in (one["sft"], two["sft"])]
-    assert rewards[0] == rewards[1]
+    for name in ("length_mean", "truncation_rate", "reward", "reverse_kl"):
+        assert curve(two["opd"], name) == pytest.approx(curve(one["opd"], name), abs=1e-4)
     # bfloat16 has 8 bits: its curve is the float32 one's within its rounding, and what it saves is bfloat16.
     assert curve(bf16) == pytest.approx(curve(one["sft"]), abs=0.1)
     last = checkpoint.found(Path(load_config(bf16).run) / "checkpoints")[-1]
     assert {str(tensor.dtype) for tensor in load_file(last / "model.safetensors").values()} == {"torch.bfloat16"}
-
-
-def rows(config: Path):
-    return read_rows(Path(load_config(config).run) / "metrics.jsonl")
 
 
 def test_a_rank_that_is_killed_ends_the_run_and_the_run_goes_on_from_its_checkpoint(tmp_path, model):
