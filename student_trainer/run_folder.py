@@ -71,6 +71,7 @@ class RunFolder:
         Raises:
             RunFolderError: there are checkpoints, and every one is damaged.
         """
+        checkpoint.sweep(self.checkpoints)
         faults: list[str] = []
         for path in reversed(checkpoint.found(self.checkpoints)):
             fault = damage(path)
