@@ -23,7 +23,7 @@ from student_trainer.study.toy import build_toy_model
 pytestmark = pytest.mark.slow
 
 STEPS = 12
-TIMES = {"rollout_s", "score_s", "step_s", "scored_tokens_per_s"}
+TIMES = {"rollout_s", "score_s", "step_s", "watch_s", "scored_tokens_per_s"}
 
 
 @pytest.fixture(scope="module")
