@@ -29,10 +29,11 @@ class Token:
 
 def tokens_of(row: Row) -> list[Token]:
     """The tokens of a rollout; empty when its advantages were not logged."""
-    texts, advantages = row.get("tokens", ()), row.get("teacher_advantage", ())
+    if "teacher_advantage" not in row:
+        return []
     return [
         Token(text, f"{text!r}: {advantage:+.2f} nats", level_of(advantage))
-        for text, advantage in zip(texts, advantages, strict=True)
+        for text, advantage in zip(row["tokens"], row["teacher_advantage"], strict=True)
     ]
 
 
@@ -45,11 +46,10 @@ def level_of(advantage: float) -> int:
 
 def in_words(row: Row) -> str:
     """The mean advantage and the tokens that the teacher finds least likely beside the student; "" without any."""
-    finite = [
-        (advantage, text)
-        for text, advantage in zip(row.get("tokens", ()), row.get("teacher_advantage", ()), strict=True)
-        if math.isfinite(advantage)
-    ]
+    if "teacher_advantage" not in row:
+        return ""
+    pairs = zip(row["tokens"], row["teacher_advantage"], strict=True)
+    finite = [(advantage, text) for text, advantage in pairs if math.isfinite(advantage)]
     if not finite:
         return ""
     mean = sum(advantage for advantage, _ in finite) / len(finite)

@@ -49,6 +49,14 @@ def url(tmp_path_factory, model):
         yield server.ready["grpc_url"]
 
 
+@pytest.fixture(scope="module")
+def teacher_url(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    model = build_toy_model(folder / "model", hidden_size=32, num_layers=1, seed=1)
+    with ServerProcess(model, folder, "--engine", "transformers", "--threads", "1", *ANY_PORTS) as server:
+        yield server.ready["grpc_url"]
+
+
 @pytest.fixture
 def problems():
     return build_task(ToyTask(train_size=50, held_out_size=10)).train[:4]
@@ -58,8 +66,11 @@ def sampler_of(url, path):
     return RemoteSampler(url, load_student(ModelConfig(path=str(path))), max_context_tokens=64, timeout_s=60)
 
 
-def test_after_each_of_two_steps_rollouts_are_those_of_the_weights_of_now(tmp_path, monkeypatch, model, url):
-    """The teacher is the same server, told a rule, so that the weights move by the loss itself."""
+def test_after_each_of_two_steps_rollouts_are_those_of_the_weights_of_now(
+    tmp_path, monkeypatch, model, url, teacher_url
+):
+    """The teacher is another server, whose weights stay: the one that writes is sent new ones at every step."""
+    (tmp_path / "run").mkdir()
     monkeypatch.setenv("TEACHER_TOKEN", "trainer")
     config = parse_config(
         {
@@ -68,8 +79,8 @@ def test_after_each_of_two_steps_rollouts_are_those_of_the_weights_of_now(tmp_pa
             "problems_per_step": 4,
             "model": {"path": str(model)},
             "task": {"kind": "toy", "train_size": 50, "held_out_size": 10},
-            "stage": {"kind": "opsd", "privileged": {"kind": "system", "text": "R"}, "loss": {"top_k": 5}},
-            "teacher": {"url": url},
+            "stage": {"kind": "opd", "loss": {"top_k": 5}},
+            "teacher": {"url": teacher_url},
             "rollout": {"url": url, "max_new_tokens": 6, "temperature": 0.7},
             "optim": {"lr": 3e-2, "warmup_steps": 0},
         }
