@@ -111,6 +111,24 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _writer_is_not_teacher(self) -> Self:
+        if self.teacher is not None and self.rollout.url == self.teacher.url:
+            raise ValueError(
+                f"rollout.url and teacher.url are both {self.teacher.url}: the server that writes is sent new weights "
+                "at every step, and a teacher must stay as it is; start another server for one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _staleness_where_it_counts(self) -> Self:
+        if self.rollout.max_staleness and self.stage.kind not in ("opd", "opsd"):
+            raise ValueError(
+                f"rollout.max_staleness is {self.rollout.max_staleness}, and stage {self.stage.kind} collects nothing "
+                f"ahead: set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _group_where_needed(self) -> Self:
         if self.stage.kind == "grpo" and self.num_samples < 2:
             raise ValueError(

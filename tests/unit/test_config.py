@@ -110,3 +110,15 @@ def test_every_missing_key_is_listed():
     with pytest.raises(ConfigError) as caught:
         parse_config({"steps": 1})
     assert set(str(caught.value).splitlines()) == {f"{key}: missing" for key in ("run", "model", "task", "stage")}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["rollout.url=grpc://localhost:8001"], "rollout.url and teacher.url are both grpc://localhost:8001"),
+        (["stage.kind=sft", "rollout.max_staleness=1"], "rollout.max_staleness is 1, and stage sft collects nothing"),
+    ],
+)
+def test_tables_that_do_not_go_together_are_refused(opd, overrides, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(opd, overrides)
