@@ -57,6 +57,7 @@ def nucleus(probs_BV: torch.Tensor, top_p: float) -> torch.Tensor:
     """`probs_BV` with 0 outside the fewest most likely ids that reach `top_p` (Holtzman et al., arXiv:1904.09751)."""
     sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
     outside_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
+    outside_BV[:, 0] = False  # a top_p below float32's smallest number compares as 0
     return torch.zeros_like(probs_BV).scatter(-1, order_BV, sorted_BV.masked_fill(outside_BV, 0))
 
 

@@ -255,9 +255,9 @@ def sample(logprobs_V: torch.Tensor, task: GenerateTask, generator: torch.Genera
         return logprobs_V.argmax(keepdim=True)
     sorted_V, ids_V = logprobs_V.sort(descending=True)
     kept_K = sorted_V[: task.top_k or None].softmax(-1)
-    before_K = kept_K.cumsum(-1) - kept_K
-    kept_K = torch.where(before_K < task.top_p, kept_K, 0.0)
-    return ids_V[torch.multinomial(kept_K, 1, generator=generator)]
+    outside_K = kept_K.cumsum(-1) - kept_K >= task.top_p
+    outside_K[0] = False  # a top_p below float32's smallest number compares as 0
+    return ids_V[torch.multinomial(kept_K.masked_fill(outside_K, 0.0), 1, generator=generator)]
 
 
 def _continuation(token_ids: list[int], logprobs: list[float], *, stopped: bool) -> Continuation:

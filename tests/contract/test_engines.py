@@ -381,6 +381,16 @@ def test_samples_follow_the_distribution(engine: Engine, run: Run, reference: Re
     assert abs(first.count(top) / 400 - p) < 4 * np.sqrt(p * (1 - p) / 400)
 
 
+@pytest.mark.parametrize("top_p", [1e-3, 1e-300])
+def test_the_smallest_nucleus_is_greedy(engine: Engine, run: Run, top_p: float) -> None:
+    """At any temperature; 1e-300 is 0 in float32, and the most likely id is in every nucleus."""
+    context_ids = score_task(12, 30, 1).context_ids
+    nucleus = generate_task(context_ids, max_new_tokens=5, temperature=1.3, top_p=top_p, seed=5)
+    greedy = generate_task(context_ids, max_new_tokens=5, temperature=0.0, seed=5)
+    [[written], [expected]] = [run(engine.generate(task)).samples for task in (nucleus, greedy)]
+    assert written.token_ids.tolist() == expected.token_ids.tolist()
+
+
 def test_equal_seeds_repeat_and_others_differ(engine: Engine, run: Run) -> None:
     context_ids = score_task(13, 60, 1).context_ids
 

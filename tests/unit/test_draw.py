@@ -32,6 +32,11 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
     assert shares[2] == shares[3] == 0
 
 
+@pytest.mark.parametrize("top_p", [0.1, 1e-300])
+def test_the_smallest_nucleus_is_the_most_likely_id(top_p):
+    assert shares_of([0.15, 0.5, 0.3, 0.05], top_p=top_p).tolist() == [0, 1, 0, 0]
+
+
 def test_the_least_likely_id_first_changes_nothing():
     shares = shares_of([0.05, 0.15, 0.3, 0.5], top_p=0.6)
     np.testing.assert_allclose(shares, [0, 0, 0.375, 0.625], atol=4 * 0.0024)
