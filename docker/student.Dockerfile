@@ -3,6 +3,17 @@
 #   docker build -f docker/student.Dockerfile -t opd-student:gpu --build-arg VARIANT=gpu .
 # PYTHON_IMAGE may name a mirror's copy, or one digest of it.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+
+# pycosat, which reasoning-gym needs, has no wheel: compiled here, so that the image has no compiler.
+FROM ${PYTHON_IMAGE} AS wheels
+ARG VARIANT=cpu
+# Debian's own Python keeps its headers in a package of their own.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+    $(python -c "import os, sysconfig; print('' if os.path.exists(sysconfig.get_path('include') + '/Python.h') else 'python3-dev')")
+COPY docker/requirements/student-${VARIANT}.txt /opt/requirements.txt
+RUN grep '^pycosat==' /opt/requirements.txt > /opt/pycosat.txt \
+    && pip wheel --no-cache-dir --no-deps --wheel-dir /opt/built -r /opt/pycosat.txt
+
 FROM ${PYTHON_IMAGE}
 
 ARG VARIANT=cpu
@@ -14,7 +25,8 @@ ENV PIP_NO_CACHE_DIR=1 PIP_NO_DEPS=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_US
 COPY docker/requirements/student-${VARIANT}.txt /opt/requirements.txt
 RUN grep '^torch==' /opt/requirements.txt > /opt/torch.txt \
     && { pip install -r /opt/torch.txt || pip install --index-url "$TORCH_INDEX" -r /opt/torch.txt; }
-RUN pip install -r /opt/requirements.txt
+COPY --from=wheels /opt/built /opt/built
+RUN pip install --find-links /opt/built -r /opt/requirements.txt
 
 RUN useradd --uid 10001 --no-create-home opd \
     && install -d -o opd -g opd /hub /models /runs && install -d -o opd -g opd -m 700 /secrets/teacher /secrets/student

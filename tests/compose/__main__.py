@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 import time
 import tomllib
@@ -42,7 +43,7 @@ def main() -> None:
         compose("up", "--detach")
         say(started, "teachers are ready, students have started")
         check(started)
-    except AssertionError as error:
+    except (AssertionError, subprocess.CalledProcessError) as error:
         compose("logs", "--tail=30")
         sys.exit(f"compose-test: {error}")
     finally:
@@ -57,7 +58,7 @@ def check(started: float) -> None:
     first, second = containers("teacher")
 
     def num_done(service: str) -> int:
-        return rows(students[service], f"/runs/{STUDENTS[service]}/metrics.jsonl")[-1:][0]["step"]
+        return rows(students[service], f"/runs/{STUDENTS[service]}/metrics.jsonl")[-1]["step"]
 
     for service in STUDENTS:
         wait_for(f"steps of {service}", lambda s=service: has_rows(students[s], s, STEPS_BEFORE_CHANGE), READY_S)
