@@ -52,8 +52,7 @@ def save(
     final = folder / f"step-{num_steps:08d}"
     partial = folder / f".{final.name}.partial"
     with _all_or_nothing(partial, final):
-        for left_over in folder.glob(".step-*"):
-            shutil.rmtree(left_over)
+        sweep(folder)
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -78,6 +77,12 @@ def remove(path: Path) -> None:
     hidden = path.with_name(f".{path.name}.removed")
     path.rename(hidden)
     shutil.rmtree(hidden)
+
+
+def sweep(folder: Path) -> None:
+    """Deletes what a killed process left half written or half deleted."""
+    for left_over in folder.glob(".step-*"):
+        shutil.rmtree(left_over)
 
 
 def found(folder: Path) -> list[Path]:

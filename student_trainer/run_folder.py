@@ -82,17 +82,21 @@ class RunFolder:
         """The newest checkpoint whose checksums hold, None before the first; damaged ones are put aside.
 
         Raises:
-            RunFolderError: there are checkpoints, and every one is damaged.
+            RunFolderError: there are checkpoints, and every one is damaged; or what is not whole cannot be put away.
         """
         faults: list[str] = []
-        for path in reversed(checkpoint.found(self.checkpoints)):
-            fault = damage(path)
-            if not fault:
-                if faults:
-                    logger.warning("%s; going on from %s", "; ".join(faults), path.name)
-                return path
-            faults.append(f"{path} is damaged: {fault}")
-            path.rename(path.with_name(f"damaged-{path.name}"))
+        try:
+            checkpoint.sweep(self.checkpoints)
+            for path in reversed(checkpoint.found(self.checkpoints)):
+                fault = damage(path)
+                if not fault:
+                    if faults:
+                        logger.warning("%s; going on from %s", "; ".join(faults), path.name)
+                    return path
+                faults.append(f"{path} is damaged: {fault}")
+                path.rename(path.with_name(f"damaged-{path.name}"))
+        except OSError as error:
+            raise self._full(self.checkpoints, error) from None
         if faults:
             raise RunFolderError(
                 f"{'; '.join(faults)}; no checkpoint is whole: put one back from a copy, or choose another `run`"
@@ -120,8 +124,11 @@ class RunFolder:
     def flush(self) -> None:
         """Waits until the logs are on disk: before a checkpoint, which counts their steps as done."""
         for path in (self._metrics, self._rollouts, self._alarms):
-            if path.exists():
-                flush(path)
+            try:
+                if path.exists():
+                    flush(path)
+            except OSError as error:
+                raise self._full(path, error) from None
 
     def log_alarm(self, row: Row) -> None:
         """Appends one alarm: `step`, `signal`, `value`, `threshold`, `side`, `action`, `num_steps`, `sentence`."""
