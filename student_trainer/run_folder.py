@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from student_trainer import checkpoint
 from student_trainer.alarms import Alarm
 from student_trainer.config import ConfigError, TrainConfig, dump_config
+from student_trainer.distributed import is_main
 from student_trainer.durable import flush, replace_text
 from student_trainer.manifest import damage
 from student_trainer.roll_back import RollBack
@@ -112,7 +113,7 @@ class RunFolder:
         self._keep(self._alarms, [row for row in _rows(self._alarms) if row["num_steps"] <= num_in_all])
 
     def log(self, row: Row) -> None:
-        """Appends one step's metrics."""
+        """Appends one step's metrics. Of several processes the first alone writes, here and to every log."""
         self._append(self._metrics, [row])
         for listener in self.listeners:
             listener.log(row)
@@ -123,7 +124,7 @@ class RunFolder:
 
     def flush(self) -> None:
         """Waits until the logs are on disk: before a checkpoint, which counts their steps as done."""
-        for path in (self._metrics, self._rollouts, self._alarms):
+        for path in (self._metrics, self._rollouts, self._alarms) if is_main() else ():
             try:
                 if path.exists():
                     flush(path)
@@ -179,6 +180,8 @@ class RunFolder:
             raise self._full(path, error) from None
 
     def _append(self, path: Path, rows: list[Row]) -> None:
+        if not is_main():
+            return
         try:
             with path.open("a") as file:
                 file.write(_lines(rows))
