@@ -10,15 +10,16 @@ ARG VARIANT=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_NO_DEPS=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
-# Triton, which vLLM needs on a GPU, compiles its launchers with gcc.
-RUN if [ "$VARIANT" = gpu ]; then apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*; fi
-
 # From what changes least to what changes most: torch, the other packages, the code.
 COPY docker/requirements/teacher-${VARIANT}.txt /opt/requirements.txt
 RUN grep '^torch==' /opt/requirements.txt > /opt/torch.txt \
     && { pip install -r /opt/torch.txt || pip install --index-url "$TORCH_INDEX" -r /opt/torch.txt; }
 RUN pip install -r /opt/requirements.txt
+
+# vLLM's kernels for CPUs are linked against libnuma; Triton, for GPUs, compiles its launchers with gcc.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends $([ "$VARIANT" = gpu ] && echo gcc libc6-dev || echo libnuma1) \
+    && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --uid 10001 --no-create-home opd \
     && install -d -o opd -g opd /hub /models /runs && install -d -o opd -g opd -m 700 /secrets/teacher /secrets/student
