@@ -11,7 +11,7 @@ import numpy as np
 T = TypeVar("T")
 
 # The purposes of a draw: their numbers keep the streams apart.
-PROBLEMS, ROLLOUTS = range(2)
+PROBLEMS, ROLLOUTS, TRACES, WRITERS = range(4)
 
 
 def derive_seed(seed: int, purpose: int, index: int) -> int:

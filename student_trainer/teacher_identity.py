@@ -27,7 +27,7 @@ class TeacherIdentity:
 
     Attributes:
         teacher: the served name.
-        weights_version: of its weights.
+        weights_version: of its weights; None where the run itself sends them.
         tokenizer: the fingerprint's fields by name.
     """
 
@@ -35,7 +35,7 @@ class TeacherIdentity:
     revision: str
     dtype: str
     teacher: str
-    weights_version: int
+    weights_version: int | None
     tokenizer: dict[str, str]
 
     @classmethod

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from student_trainer.config.base import Section
 from student_trainer.config.model import ModelConfig, OptimConfig
 from student_trainer.config.privileged import PrivilegedConfig, TextPrivileged
-from student_trainer.config.stage import OpdStage, OpsdStage, StageConfig
+from student_trainer.config.stage import OpdStage, OpsdStage, StageConfig, refuse_teacher_written
 from student_trainer.config.teacher import TeacherConfig
 from student_trainer.config.tracking import TrackingConfig
 from student_trainer.config.watch import WatchConfig
@@ -129,6 +129,15 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _moving_teacher_is_of_the_step(self) -> Self:
+        if isinstance(self.stage, OpsdStage) and self.stage.teacher != "frozen" and self.rollout.max_staleness:
+            raise ValueError(
+                f'stage.teacher is "{self.stage.teacher}" and rollout.max_staleness {self.rollout.max_staleness}: '
+                "a teacher that moves has the weights of one step, and can score nothing ahead; set max_staleness to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _group_where_needed(self) -> Self:
         if self.stage.kind == "grpo" and self.num_samples < 2:
             raise ValueError(
@@ -141,4 +150,7 @@ class TrainConfig(Section):
     def _loss_to_change(self) -> Self:
         if not hasattr(self.stage, "loss") and any(rule.loss for rule in self.watch.rules):
             raise ValueError(f"watch.rules: stage {self.stage.kind} has no loss that a roll-back could change")
+        if isinstance(self.stage, OpdStage | OpsdStage):
+            for loss in (rule.loss for rule in self.watch.rules if rule.loss):
+                refuse_teacher_written(self.stage.teacher_written, loss)
         return self

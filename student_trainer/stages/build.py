@@ -20,6 +20,7 @@ from student_trainer.config import (
 from student_trainer.privileged import privileged_of, refusals
 from student_trainer.rollout.base import Sampler, SamplingParams
 from student_trainer.rollout.remote import RemoteSampler
+from student_trainer.rollout.teacher import TeacherSampler
 from student_trainer.rollout.transformers import TransformersSampler
 from student_trainer.scoring import Scorer
 from student_trainer.sequence_logp import sequence_logp
@@ -29,6 +30,7 @@ from student_trainer.stages.critic import Critic
 from student_trainer.stages.grpo import Grpo
 from student_trainer.stages.objective import Objective
 from student_trainer.stages.opd import FullVocabulary, Opd
+from student_trainer.stages.opsd import DEFAULT_DECAY, Opsd, RunningMean
 from student_trainer.stages.ppo import Ppo
 from student_trainer.stages.sft import Sft
 from student_trainer.stages.surrogate import Reference, Surrogate
@@ -64,7 +66,7 @@ def build_stage(config: TrainConfig, student: Student, task: Task) -> Stage:
             return Ppo(stage, _build_actor(config, stage, student, task), surrogate, critic, reference)
 
 
-def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Student, task: Task) -> Opd:
+def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Student, task: Task) -> Opd | Opsd:
     assert config.teacher is not None
     rollout = config.rollout
     objective = Objective(stage.loss, student.vocab_size, rollout.temperature, eos_token_ids=student.eos_token_ids)
@@ -91,7 +93,9 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
         )
         if config.privileged and (reasons := refusals(config.privileged, scorer.info)):
             raise TeacherMismatch(f"teacher {config.teacher.url}: " + "; ".join(reasons))
-        TeacherIdentity.of(scorer.info).hold(Path(config.run) / TEACHER_FILE)
+        identity = TeacherIdentity.of(scorer.info)
+        is_sent = isinstance(stage, OpsdStage) and stage.teacher != "frozen"
+        (replace(identity, weights_version=None) if is_sent else identity).hold(Path(config.run) / TEACHER_FILE)
     except BaseException:
         scorer.close()
         raise
@@ -107,7 +111,7 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
     except BaseException:
         scorer.close()
         raise
-    return Opd(
+    opd = Opd(
         task,
         sampler,
         sampling,
@@ -119,6 +123,8 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
         num_steps=config.steps,
         checkpoint_every=config.checkpoint.every_steps,
         max_staleness=rollout.max_staleness,
+        teacher_sampler=TeacherSampler(scorer, student, micro_batch_size=config.optim.micro_batch_size),
+        teacher_written=stage.teacher_written,
         current_logp=partial(
             sequence_logp,
             student.model,
@@ -126,6 +132,10 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
             micro_batch_size=config.optim.micro_batch_size,
         ),
     )
+    if not isinstance(stage, OpsdStage) or stage.teacher == "frozen":
+        return opd
+    mean = RunningMean(stage.ema_decay or DEFAULT_DECAY) if stage.teacher == "ema" else None
+    return Opsd(opd, scorer, student.model, mean)
 
 
 def build_sampler(config: RolloutConfig, student: Student, longest_prompt: int) -> Sampler:
