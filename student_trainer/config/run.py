@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from student_trainer.config.base import Section
 from student_trainer.config.model import ModelConfig, OptimConfig
 from student_trainer.config.privileged import PrivilegedConfig, TextPrivileged
-from student_trainer.config.stage import OpdStage, OpsdStage, StageConfig, refuse_teacher_written
+from student_trainer.config.stage import OpdStage, OpsdStage, SftStage, StageConfig, refuse_teacher_written
 from student_trainer.config.teacher import TeacherConfig
 from student_trainer.config.tracking import TrackingConfig
 from student_trainer.config.watch import WatchConfig
@@ -73,7 +73,7 @@ class TrainConfig(Section):
     task: TaskConfig
     stage: StageConfig
     teacher: TeacherConfig | None = None
-    """Needed by opd and opsd; `--teacher URL` sets its url."""
+    """Needed by opd, opsd and an sft with `stage.traces`; `--teacher URL` sets its url."""
     rollout: RolloutConfig = RolloutConfig()
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
@@ -91,15 +91,23 @@ class TrainConfig(Section):
     @property
     def privileged(self) -> PrivilegedConfig | None:
         """What the teacher is told that the student is not, with the task's text where the stage has none."""
-        told = self.stage.privileged if isinstance(self.stage, OpdStage | OpsdStage) else None
+        match self.stage:
+            case OpdStage() | OpsdStage():
+                told = self.stage.privileged
+            case SftStage(traces=traces) if traces:
+                told = traces.privileged
+            case _:
+                told = None
         if isinstance(told, TextPrivileged) and told.text is None:
             return told.model_copy(update={"text": self.task.privileged_text})
         return told
 
     @model_validator(mode="after")
     def _teacher_where_needed(self) -> Self:
-        if self.stage.kind in ("opd", "opsd") and self.teacher is None:
-            raise ValueError(f"stage {self.stage.kind} needs a teacher: set teacher.url or pass --teacher URL")
+        is_needed = self.stage.kind in ("opd", "opsd") or (isinstance(self.stage, SftStage) and self.stage.traces)
+        if is_needed and self.teacher is None:
+            which = "stage.traces" if self.stage.kind == "sft" else f"stage {self.stage.kind}"
+            raise ValueError(f"{which} needs a teacher: set teacher.url or pass --teacher URL")
         return self
 
     @model_validator(mode="after")

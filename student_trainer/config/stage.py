@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from student_trainer.config.base import Section
 from student_trainer.config.loss import SAMPLED, LossConfig
@@ -12,10 +12,29 @@ from student_trainer.config.policy import GrpoStage, PpoStage
 from student_trainer.config.privileged import PrivilegedConfig
 
 
+class TracesConfig(Section):
+    """Completions that the teacher writes before the first step; those that the task rewards are learnt."""
+
+    samples_per_problem: PositiveInt = 1
+    num_problems: PositiveInt | None = None
+    """The first so many of the task's training problems; None is all of them."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: PositiveInt | None = None
+    """None takes `rollout.max_new_tokens`. A trace that reaches the budget has no end and is not learnt."""
+    min_reward: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """The task's reward from which on a trace is learnt; 0 takes every one that ended."""
+    privileged: PrivilegedConfig | None = None
+    """What the teacher sees as it writes and the student never does."""
+
+
 class SftStage(Section):
-    """Supervised fine-tuning on the problems' references."""
+    """Supervised fine-tuning on the problems' references, or on what a teacher wrote."""
 
     kind: Literal["sft"]
+    traces: TracesConfig | None = None
+    """The teacher's own traces take the place of the references; `teacher.url` is asked for them once."""
 
 
 class DistillationStage(Section):

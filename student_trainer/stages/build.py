@@ -38,10 +38,14 @@ from student_trainer.student import Student, load_backbone, load_student
 from student_trainer.tasks import Task
 from student_trainer.teacher_identity import TEACHER_FILE, TeacherIdentity, TeacherMismatch
 from student_trainer.text import render_prompt
+from student_trainer.traces import teacher_traces
 
 
-def build_stage(config: TrainConfig, student: Student, task: Task) -> Stage:
-    """The stage that `config` describes; one that has a teacher has shaken hands with it.
+def build_stage(config: TrainConfig, student: Student, task: Task, *, quiet: bool = False) -> Stage:
+    """The stage that `config` describes; one that has a teacher has shaken hands with it, or has its traces.
+
+    Args:
+        quiet: whether nothing is said of how far the teacher's traces are.
 
     Raises:
         TeacherMismatch: the teacher cannot score this student.
@@ -49,7 +53,9 @@ def build_stage(config: TrainConfig, student: Student, task: Task) -> Stage:
     """
     match config.stage:
         case SftStage():
-            return Sft(student, task.train, problems_per_step=config.problems_per_step, seed=config.seed)
+            traces = config.stage.traces
+            problems = teacher_traces(config, traces, task, quiet=quiet) if traces else task.train
+            return Sft(student, problems, problems_per_step=config.problems_per_step, seed=config.seed)
         case OpdStage() | OpsdStage():
             return _build_opd(config, config.stage, student, task)
         case GrpoStage():
