@@ -35,6 +35,9 @@ class SftStage(Section):
     kind: Literal["sft"]
     traces: TracesConfig | None = None
     """The teacher's own traces take the place of the references; `teacher.url` is asked for them once."""
+    packing: bool = False
+    """Whether texts stand one after the other in a row of the forward pass, where padding would be, each with its own
+    positions and attention. The loss is the same; a micro-batch has as many texts in fewer rows."""
 
 
 class DistillationStage(Section):

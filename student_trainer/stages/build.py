@@ -55,7 +55,13 @@ def build_stage(config: TrainConfig, student: Student, task: Task, *, quiet: boo
         case SftStage():
             traces = config.stage.traces
             problems = teacher_traces(config, traces, task, quiet=quiet) if traces else task.train
-            return Sft(student, problems, problems_per_step=config.problems_per_step, seed=config.seed)
+            return Sft(
+                student,
+                problems,
+                problems_per_step=config.problems_per_step,
+                seed=config.seed,
+                packing=config.stage.packing,
+            )
         case OpdStage() | OpsdStage():
             return _build_opd(config, config.stage, student, task)
         case GrpoStage():
