@@ -138,7 +138,7 @@ def test_a_killed_writer_goes_on_where_it_was_and_asks_nobody_when_all_is_there(
 
 
 def test_another_teacher_does_not_go_on_with_its_traces(tmp_path: Path, model: Path, teacher: str) -> None:
-    config = config_of(tmp_path / "run", model, teacher, num_problems=4, min_reward=0.0)
+    config = config_of(tmp_path / "run", model, teacher)
     traces_of(config)
     noted = tmp_path / "run" / "teacher.json"
     noted.write_text(json.dumps(json.loads(noted.read_text()) | {"model": "another"}))
