@@ -134,6 +134,10 @@ class Batch:
         for _ in range(num_epochs):
             yield from self.split(max(1, -(-self.num_sequences // num_minibatches)))
 
+    def idle(self) -> Batch:
+        """The same sequences with no token that counts: a forward and backward pass of no effect."""
+        return replace(self, mask_BT=torch.zeros_like(self.mask_BT))
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         moved = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from protos.records import TeacherInfo
+from student_trainer.distributed import by_main
 from student_trainer.durable import replace_text
 
 TEACHER_FILE = "teacher.json"
@@ -51,11 +52,15 @@ class TeacherIdentity:
         return [f"{name} was {_shown(was)} and is {_shown(value)}" for name, was, value in pairs if was != value]
 
     def hold(self, file: Path) -> None:
-        """Writes the identity when `file` is not there; compares with it when it is.
+        """Writes the identity when `file` is not there; compares with it when it is. Every rank calls it.
 
         Raises:
             TeacherMismatch: the file holds another teacher's.
         """
+        by_main(lambda: self.hold_alone(file))
+
+    def hold_alone(self, file: Path) -> None:
+        """`hold`, for one rank that calls it alone."""
         if not file.exists():
             replace_text(file, json.dumps(asdict(self), indent=2) + "\n")
             return

@@ -51,6 +51,8 @@ def teacher_traces(config: TrainConfig, traces: TracesConfig, task: Task, *, qui
         RunFolderError: the run folder cannot be written.
         TeacherError, TeacherMismatch, Stopped: the teacher failed, is not the one that began, or a signal came; what
             was written is kept.
+
+    One rank calls it: the others have no use for the teacher.
     """
     book = _Book(Path(config.run), traces.min_reward)
     places = dict(enumerate(task.train[: traces.num_problems]))
@@ -92,7 +94,7 @@ def _connected(config: TrainConfig, told: Callable[[Problem], Privileged] | None
     try:
         if config.privileged and (reasons := refusals(config.privileged, scorer.info)):
             raise TeacherMismatch(f"teacher {config.teacher.url}: " + "; ".join(reasons))
-        TeacherIdentity.of(scorer.info).hold(Path(config.run) / TEACHER_FILE)
+        TeacherIdentity.of(scorer.info).hold_alone(Path(config.run) / TEACHER_FILE)
     except BaseException:
         scorer.close()
         raise

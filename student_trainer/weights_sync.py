@@ -13,6 +13,7 @@ from protos.errors import Conflict, InvalidRequest, PermissionDenied, TeacherErr
 from protos.records import WeightsUpdate
 from protos.wire import MAX_CHUNK_BYTES
 from student_trainer.client_thread import ClientThread
+from student_trainer.plain_weights import plain_weights
 
 RETRY_WAITS_S = (0.5, 2.0, 8.0)
 """Between attempts that failed for a reason which may pass."""
@@ -42,20 +43,20 @@ class WeightsSync:
 
     def push(self, model: PreTrainedModel) -> int:
         """`send` of the model's weights, for a synchronous caller."""
-        return self._client.wait(self.send(weights_of(model)))
+        return self._client.wait(self.send(plain_weights(model)))
 
     async def send(self, weights: Mapping[str, torch.Tensor]) -> int:
         """Sends these weights and returns their version, once later requests are answered by them.
 
         Args:
-            weights: as `weights_of` names them.
+            weights: as `plain_weights` names them.
 
         Raises:
             PermissionDenied: the token has no admin scope.
             InvalidRequest: the server's model is another.
             TeacherError: the server refused the weights, or could not be reached in `len(RETRY_WAITS_S)` retries.
         """
-        self.version = await self._send(save(dict(weights)))
+        self.version = await self._send(weights_file(weights))
         return self.version
 
     async def _send(self, file: bytes) -> int:
@@ -88,10 +89,9 @@ class WeightsSync:
         raise AssertionError("the last attempt returns or raises")
 
 
-def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The model's weights by name, on the CPU; those that the model ties to others are left out."""
-    tied = model.all_tied_weights_keys.keys()
-    return {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items() if name not in tied}
+def weights_file(weights: Mapping[str, torch.Tensor]) -> bytes:
+    """One safetensors file."""
+    return save({name: tensor.contiguous() for name, tensor in weights.items()})
 
 
 async def _chunks(file: bytes) -> AsyncGenerator[bytes, None]:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from protos.credentials import Tls
+from student_trainer import distributed
 from student_trainer.config import (
     GrpoStage,
     OpdStage,
@@ -54,7 +55,9 @@ def build_stage(config: TrainConfig, student: Student, task: Task, *, quiet: boo
     match config.stage:
         case SftStage():
             traces = config.stage.traces
-            problems = teacher_traces(config, traces, task, quiet=quiet) if traces else task.train
+            problems = task.train
+            if traces:
+                problems = distributed.by_main(lambda: teacher_traces(config, traces, task, quiet=quiet))
             return Sft(
                 student,
                 problems,

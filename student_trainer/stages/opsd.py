@@ -17,11 +17,11 @@ import torch
 from transformers import PreTrainedModel
 
 from student_trainer.collate import Batch
+from student_trainer.plain_weights import plain_weights
 from student_trainer.scoring import Scorer
 from student_trainer.stages.base import Collected, Metrics
 from student_trainer.stages.opd import Opd
 from student_trainer.steady_teacher import WeightsLost
-from student_trainer.weights_sync import weights_of
 
 DEFAULT_DECAY = 0.99
 """Of a running mean where the config names none: it is of about the last hundred steps."""
@@ -110,5 +110,5 @@ class Opsd:
             self._mean.load_state_dict(state_dict)
 
     def _send(self, step: int) -> int:
-        weights = weights_of(self._model)
+        weights = plain_weights(self._model)
         return self._scorer.send_weights(self._mean.at(step, weights) if self._mean else weights)

@@ -200,9 +200,8 @@ def test_a_step_counts_once_in_the_mean_which_is_finer_than_the_weights() -> Non
     # In bfloat16, whose next number after 1 is 1.0078, a hundredth of that would be lost at each step.
     fine = RunningMean(0.99)
     fine.at(0, {"w": torch.tensor([1.0], dtype=torch.bfloat16)})
-    for step in range(1, 200):
-        last = fine.at(step, {"w": torch.tensor([1.0078125], dtype=torch.bfloat16)})
-    assert last["w"].item() == 1.0078125  # 1 + 0.0078 * (1 - 0.99^199), rounded
+    means = [fine.at(step, {"w": torch.tensor([1.0078125], dtype=torch.bfloat16)}) for step in range(1, 200)]
+    assert means[-1]["w"].item() == 1.0078125  # 1 + 0.0078 * (1 - 0.99^199), rounded
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:

@@ -171,7 +171,7 @@ def test_the_stage_takes_the_same_step_packed(tmp_path: Any) -> None:
 def test_models_that_keep_texts_apart_are_found_out() -> None:
     for family in FAMILIES:
         check_packing(build(family, torch.float32))
-    shape = {"vocab_size": V, "num_hidden_layers": 1, "hidden_size": 16}
-    leaky = AutoModelForCausalLM.from_config(MambaConfig(**shape, state_size=4, intermediate_size=32))
+    shape: dict[str, Any] = {"vocab_size": V, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
+    leaky = AutoModelForCausalLM.from_config(MambaConfig(**shape, state_size=4))
     with pytest.raises(ValueError, match=r"MambaForCausalLM lets a text see .*: set stage\.packing to false"):
         check_packing(leaky)
