@@ -13,7 +13,7 @@ from student_trainer.distributed import share
 T = TypeVar("T")
 
 # The purposes of a draw: their numbers keep the streams apart.
-PROBLEMS, ROLLOUTS, DROPOUT, ADAPTER = range(4)
+PROBLEMS, ROLLOUTS, DROPOUT, ADAPTER, TRACES, WRITERS = range(6)
 
 
 def derive_seed(seed: int, purpose: int, index: int) -> int:
