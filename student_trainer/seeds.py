@@ -8,10 +8,12 @@ from typing import TypeVar
 
 import numpy as np
 
+from student_trainer.distributed import share
+
 T = TypeVar("T")
 
 # The purposes of a draw: their numbers keep the streams apart.
-PROBLEMS, ROLLOUTS, FURTHER = range(3)
+PROBLEMS, ROLLOUTS, DROPOUT, ADAPTER, FURTHER = range(5)
 
 
 def derive_seed(seed: int, purpose: int, index: int) -> int:
@@ -26,7 +28,8 @@ def further_seed(seed: int, step: int) -> int:
 
 
 def pick(items: Sequence[T], num_items: int, step: int, seed: int) -> list[T]:
-    """Items `step * num_items` and the next of an endless stream of shuffled epochs, without replacement in each."""
+    """This rank's share of items `step * num_items` and the next of an endless stream of shuffled epochs, without
+    replacement in each."""
     return pick_at(items, places_of(step, num_items), seed)
 
 
@@ -35,12 +38,12 @@ def rollout_seeds(seed: int, step: int, num_problems: int) -> list[int]:
     return seeds_at(places_of(step, num_problems), seed)
 
 
-def places_of(step: int, num_items: int) -> range:
-    """The places of a step's items in the stream."""
-    return range(step * num_items, (step + 1) * num_items)
+def places_of(step: int, num_items: int) -> Sequence[int]:
+    """This rank's share of the places of a step's items in the stream."""
+    return share(range(step * num_items, (step + 1) * num_items))
 
 
-def pick_at(items: Sequence[T], places: range, seed: int) -> list[T]:
+def pick_at(items: Sequence[T], places: Sequence[int], seed: int) -> list[T]:
     """The items at those places of an endless stream of shuffled epochs."""
     orders = {
         epoch: np.random.default_rng(derive_seed(seed, PROBLEMS, epoch)).permutation(len(items))
@@ -49,6 +52,6 @@ def pick_at(items: Sequence[T], places: range, seed: int) -> list[T]:
     return [items[int(orders[place // len(items)][place % len(items)])] for place in places]
 
 
-def seeds_at(places: range, seed: int) -> list[int]:
+def seeds_at(places: Sequence[int], seed: int) -> list[int]:
     """The seeds of the problems at those places, one each."""
     return [derive_seed(seed, ROLLOUTS, place) for place in places]

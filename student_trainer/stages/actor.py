@@ -74,11 +74,11 @@ class Actor:
         """Step s's rollouts and rewards."""
         return self._act(places_of(step, self._problems_per_step), self._seed)
 
-    def act_further(self, step: int, places: range) -> Experience:
+    def act_further(self, step: int, places: Sequence[int]) -> Experience:
         """The same of further problems, at those places of a stream that is step s's own."""
         return self._act(places, further_seed(self._seed, step))
 
-    def _act(self, places: range, seed: int) -> Experience:
+    def _act(self, places: Sequence[int], seed: int) -> Experience:
         problems = pick_at(self._task.train, places, seed)
         started = time.perf_counter()
         rollouts = self._sampler.sample(problems, self._sampling, seeds=seeds_at(places, seed))
