@@ -60,6 +60,7 @@ class Scorer:
         timeout_s: for one call of `score`, in seconds.
         max_wait_s: how long that call waits for a teacher that is gone; see `SteadyTeacher`.
         tls: the files of a grpcs or https teacher; None for the defaults of `connect`.
+        name: which of the server's teachers; None is its first.
         privileged: what the teacher sees of a problem and the student does not; None for nothing.
 
     Attributes:
@@ -77,13 +78,14 @@ class Scorer:
         timeout_s: float,
         max_wait_s: float = 0.0,
         tls: Tls | None = None,
+        name: str | None = None,
         privileged: Callable[[Problem], Privileged] | None = None,
     ) -> None:
         self._url = url
         self._temperature = temperature
         self._timeout_s = timeout_s
         self._privileged = privileged
-        self._client = ClientThread(url, tls)
+        self._client = ClientThread(url, tls, name=name)
         self.info = self._client.info
         self._steady = SteadyTeacher(self._client.teacher, self.info, max_wait_s)
         self._sync = WeightsSync(self._client, timeout_s=timeout_s)
@@ -118,7 +120,7 @@ class Scorer:
         for name, asked, limit in (
             ("teacher's top-K", wanted.teacher_top_k, info.max_top_k),
             ("student's ids a position", wanted.student_top_k, info.max_candidates),
-            ("prompt and completion tokens", max_context_tokens, info.max_context_tokens),
+            ("prompt, privileged information and completion tokens", max_context_tokens, info.max_context_tokens),
         ):
             if asked > limit:
                 problems.append(f"{name}: {asked} needed, the teacher takes at most {limit}")

@@ -18,7 +18,7 @@ from student_trainer.config import (
     SftStage,
     TrainConfig,
 )
-from student_trainer.privileged import privileged_of, refusals
+from student_trainer.privileged import num_context_tokens, privileged_of, refusals
 from student_trainer.rollout.base import Sampler, SamplingParams
 from student_trainer.rollout.remote import RemoteSampler
 from student_trainer.rollout.teacher import TeacherSampler
@@ -87,23 +87,24 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
     objective = Objective(stage.loss, student.vocab_size, rollout.temperature, eos_token_ids=student.eos_token_ids)
     full = FullVocabulary(config.watch.full_vocabulary_every, config.watch.full_vocabulary_rollouts, student.vocab_size)
     told = privileged_of(config.privileged) if config.privileged else None
+    longest_prompt = longest_context = _longest_prompt(student, task)
     if told is not None:
-        for problem in task.train:  # a problem without what the teacher is to be told is found now, not at its step
-            told(problem)
-    longest_prompt = _longest_prompt(student, task)
+        # A problem without what the teacher is to be told is found now, too, not at its step.
+        longest_context = max(num_context_tokens(student.tokenizer, problem, told(problem)) for problem in task.train)
     scorer = Scorer(
         config.teacher.url,
         temperature=rollout.temperature,
         timeout_s=config.teacher.timeout_s,
         max_wait_s=config.teacher.max_wait_s,
         tls=Tls(ca=config.teacher.ca) if config.teacher.ca else None,
+        name=config.teacher.name,
         privileged=told,
     )
     try:
         scorer.handshake(
             student.fingerprint,
             replace(objective.wanted, teacher_top_k=student.vocab_size) if full.every_steps else objective.wanted,
-            longest_prompt + rollout.max_new_tokens,
+            longest_context + rollout.max_new_tokens,
             tokenizer=student.tokenizer,
         )
         if config.privileged and (reasons := refusals(config.privileged, scorer.info)):

@@ -30,7 +30,7 @@ task = { kind = "jsonl", path = "p.jsonl" }
 [[stages]]
 name = "third"
 model = { from = "first", dtype = "bfloat16" }
-teacher = { url = "grpc://h:1", from = "second" }
+teacher = { url = "grpc://h:1", name = "rlvr", from = "second" }
 stage = { kind = "opd" }
 """
 
@@ -61,6 +61,8 @@ def test_stages_take_what_is_shared_and_what_earlier_ones_left(recipe):
     assert second.config.model.path == third.config.model.path == "runs/r/first/checkpoints/step-00000005"
     assert third.config.model.dtype == "bfloat16"
     assert third.teacher_weights == Path("runs/r/second/checkpoints/step-00000007")
+    assert third.config.teacher is not None
+    assert third.config.teacher.name == "rlvr"
     assert first.teacher_weights is second.teacher_weights is None
 
 
@@ -104,7 +106,11 @@ def test_a_config_of_one_run_is_a_plan_of_one(recipe):
         ("steps = 7", 'run = "y"', "stage second: run: leave it out"),
         ('run = "runs/r"\n', "", "run: missing; it is the folder of all the recipe's runs"),
         ("[optim]", '[model]\nfrom = "first"\n[optim]', "model.from: belongs in a stage"),
-        ('teacher = { url = "grpc://h:1", from = "second" }', "", "stage third: stage opd needs a teacher"),
+        (
+            'teacher = { url = "grpc://h:1", name = "rlvr", from = "second" }',
+            "",
+            "stage third: stage opd needs a teacher",
+        ),
     ],
 )
 def test_a_mistake_names_its_stage(recipe, old, new, sentence):
