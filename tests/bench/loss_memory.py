@@ -5,7 +5,7 @@
 One micro-batch of 4,096 completion tokens, float32, the default loss (top 20 of the student), through a model so narrow
 that logits are nearly all there is. Each way is a process of its own. Its extra memory is its peak resident memory
 (Linux: VmHWM, reset just before) above what was resident when the forward began, with weights and gradients in place;
-so it holds whatever the allocator took, activations and the chunks' own. All at once takes about 13 GB.
+so it holds whatever the allocator took, activations and the chunks' own. All at once takes about 8 GB.
 """
 
 from __future__ import annotations
