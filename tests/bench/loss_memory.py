@@ -11,12 +11,11 @@ so it holds whatever the allocator took, activations and the chunks' own. All at
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
@@ -30,6 +29,7 @@ from student_trainer.config import LossConfig
 from student_trainer.lm_head import find_head, logit_chunks
 from student_trainer.losses import token_mean
 from student_trainer.stages.objective import Objective
+from tests.bench.alone import alone
 from tests.bench.served import peak_bytes, reset_peak
 
 VOCAB = 151_936
@@ -92,7 +92,8 @@ def at_once(model: PreTrainedModel, objective: Objective, batch: Batch) -> float
 WAYS: dict[str, Callable[[PreTrainedModel, Objective, Batch], float]] = {"by chunks": by_chunks, "at once": at_once}
 
 
-def _measure(way: str, pipe: Connection) -> None:
+def measure(way: str) -> tuple[int, float, float]:
+    """Extra bytes, seconds and the loss of one forward and backward."""
     model, objective = build_model(), Objective(LossConfig(), VOCAB, 1.0)
     WAYS[way](model, objective, build_batch(1))  # gradients and the allocator's own structures are there now
     batch = build_batch(SEQUENCES)
@@ -100,27 +101,14 @@ def _measure(way: str, pipe: Connection) -> None:
     started = time.perf_counter()
     loss = WAYS[way](model, objective, batch)
     seconds = time.perf_counter() - started
-    pipe.send((peak_bytes(os.getpid()) - before, seconds, loss))
-
-
-def measure(way: str) -> tuple[int, float, float]:
-    """Extra bytes, seconds and the loss of one forward and backward, in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_measure, args=(way, theirs))
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    finally:
-        process.join()
+    return peak_bytes(os.getpid()) - before, seconds, loss
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
-    runs = {way: [measure(way) for _ in range(repeats)] for way in WAYS}
+    runs = {way: [alone(partial(measure, way)) for _ in range(repeats)] for way in WAYS}
     extra = {way: statistics.median(one[0] for one in of_way) for way, of_way in runs.items()}
     for way, of_way in runs.items():
         seconds = statistics.median(one[1] for one in of_way)

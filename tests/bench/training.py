@@ -18,15 +18,12 @@ were about to be loaded.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +38,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from student_trainer.config import parse_config
 from student_trainer.study.teacher_process import teacher_process
 from student_trainer.tasks import ToyTask, build_task
+from tests.bench.alone import alone
 from tests.bench.scoring import interval
 from tests.bench.served import peak_bytes, reset_peak
 from tests.tiny_model import build_tiny_qwen3
@@ -169,23 +167,6 @@ def trl(student: Path, teacher: Path, folder: Path, steps: int) -> Side:
     return Side(clock.seconds(rollout, score), statistics.mean(tokens), peak_bytes(os.getpid()) - start, start)
 
 
-def _run(side: Callable[[], Side], pipe: Connection) -> None:
-    pipe.send(side())
-
-
-def alone(side: Callable[[], Side]) -> Side:
-    """Runs it in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_run, args=(side, there))
-    process.start()
-    there.close()
-    try:
-        return here.recv()
-    finally:
-        process.join()
-
-
 def measure(folder: Path, repeats: int, steps: int) -> dict[str, list[Side]]:
     student, teacher = (build_tiny_qwen3(folder, seed=seed) for seed in (0, 1))
     runs: dict[str, list[Side]] = {"ours": [], "trl": []}
@@ -197,7 +178,7 @@ def measure(folder: Path, repeats: int, steps: int) -> dict[str, list[Side]]:
                 "ours": partial(ours, student, url, place / "ours", steps),
                 "trl": partial(trl, student, teacher, place / "trl", steps),
             }
-            # In turn first, so that what slows down over time slows both.
+            # Each is first in its turn, so that what slows down over time slows both.
             for name in list(pair)[:: 1 if repeat % 2 else -1]:
                 runs[name].append(alone(pair[name]))
     return runs

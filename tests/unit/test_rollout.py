@@ -128,7 +128,6 @@ def test_rows_that_leave_take_nothing_from_those_that_stay():
         head_dim=32,
         sliding_window=4,
         layer_types=["sliding_attention", "full_attention"],
-        attn_implementation="eager",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
