@@ -6,8 +6,8 @@ The same student, teacher, prompts, batch, budget of tokens, sampling, optimiser
 vocabulary, float32), one thread a process. TRL's teacher is a second model in its process; ours is a teacher server on
 vLLM, over gRPC, a process of its own, so that its work can go on beside the rollouts. Every repeat is a fresh process
 of either; ratios are taken within a repeat. A step is the time between the ends of two optimiser steps (median, the
-first two left out). Memory is the peak resident set of the trainer's process above what was resident when its models
-were about to be loaded.
+first two left out). Memory is the peak resident set of the trainer's process, in all and above what was resident when
+its models were about to be loaded; modules that are imported later are in the latter.
 
     rollout   the student writes
     score     ours: waiting for the server after the rollouts; TRL: the teacher's forward (its LM head is in the loss)
@@ -22,6 +22,7 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -111,8 +112,9 @@ def ours(student: Path, teacher_url: str, folder: Path, steps: int) -> Side:
 
 
 def trl(student: Path, teacher: Path, folder: Path, steps: int) -> Side:
+    warnings.filterwarnings("ignore", "TRL currently supports vLLM")
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from transformers.utils import logging
     from trl.trainer.distillation_config import DistillationConfig
     from trl.trainer.distillation_trainer import DistillationTrainer
@@ -159,6 +161,7 @@ def trl(student: Path, teacher: Path, folder: Path, steps: int) -> Side:
         train_dataset=Dataset.from_list(prompts),
         processing_class=AutoTokenizer.from_pretrained(student, padding_side="left"),
     )
+    trainer.remove_callback(PrinterCallback)
     began: list[float] = []
     backbone = models[1].base_model
     backbone.register_forward_pre_hook(lambda *_: began.append(time.perf_counter()))
