@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,14 +10,14 @@ import torch
 from protos.records import Int32
 from student_trainer.collate import Batch, collate
 from student_trainer.lm_head import logit_chunks
-from student_trainer.rollout.base import Rollout, SamplingParams
+from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
 from student_trainer.scoring import Scorer
 from student_trainer.student import Student
 from student_trainer.tasks import Problem
 from student_trainer.text import render_prompt
 
 
-class TeacherSampler:
+class TeacherSampler(Sampler):
     """A `Sampler` whose completions and log-probs are the teacher's; the most likely ids are the student's there.
 
     Args:
@@ -30,8 +30,10 @@ class TeacherSampler:
         self._student = student
         self._micro_batch_size = micro_batch_size
 
-    def sample(self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]) -> list[Rollout]:
-        """See `rollout.base.Sampler`.
+    def stream(
+        self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]
+    ) -> Iterator[dict[int, Rollout]]:
+        """See `rollout.base.Sampler`; all come together, since the student reads them in one batch.
 
         Raises:
             TeacherError, TeacherGone, TeacherMismatch: see `Scorer.write`.
@@ -45,8 +47,8 @@ class TeacherSampler:
         ]
         batch = collate([prompt for _, prompt, _ in written], [sample.token_ids for *_, sample in written])
         tops = most_likely_ids(self._student, batch, params.top_ids, self._micro_batch_size)
-        return [
-            Rollout(
+        yield {
+            place: Rollout(
                 problem=problem,
                 prompt_ids=prompt,
                 completion_ids=sample.token_ids,
@@ -55,8 +57,8 @@ class TeacherSampler:
                 is_finished=sample.finish_reason == "stop",
                 text=sample.text,
             )
-            for (problem, prompt, sample), top_TK in zip(written, tops, strict=True)
-        ]
+            for place, ((problem, prompt, sample), top_TK) in enumerate(zip(written, tops, strict=True))
+        }
 
     def close(self) -> None:
         """Nothing to free."""

@@ -7,10 +7,9 @@ there: a step's monitors are of one writer's texts, and those of the student's a
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from student_trainer.scoring import Scorer, Wanted
 from student_trainer.seeds import WRITERS, derive_seed, pick, rollout_seeds
 from student_trainer.stages.base import Collected, Metrics
 from student_trainer.stages.objective import Objective
+from student_trainer.stages.written import Scoring
 from student_trainer.tasks import Task
 
 BY_TEACHER = "teacher_written/"
@@ -31,45 +31,6 @@ BY_TEACHER = "teacher_written/"
 
 MAX_WEIGHT = 2.0
 """Of a stale token: no token counts more than twice, whatever the weights' moves since multiply up to."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """One step's rollouts and scores; seconds of writing, of scoring, and of waiting for the scores."""
-
-    rollouts: Sequence[Rollout]
-    results: Sequence[ScoreResult]
-    rollout_s: float
-    score_s: float
-    waited_s: float
-
-
-class _Scoring:
-    """Rollouts whose scores are on their way since `started` (of `time.perf_counter`)."""
-
-    def __init__(
-        self, rollouts: Sequence[Rollout], rollout_s: float, scores: Future[list[ScoreResult]], started: float
-    ) -> None:
-        self._rollouts = rollouts
-        self._rollout_s = rollout_s
-        self._scores = scores
-        self._started = self._ended = started
-        scores.add_done_callback(self._note_end)
-
-    def result(self) -> Written:
-        """Waits for the scores; raises what scoring raised."""
-        asked = time.perf_counter()
-        results = self._scores.result()
-        got = time.perf_counter()
-        score_s = max(self._ended, self._started) - self._started or got - self._started
-        return Written(self._rollouts, results, self._rollout_s, score_s, got - asked)
-
-    def cancel(self) -> None:
-        """Gives the scores up."""
-        self._scores.cancel()
-
-    def _note_end(self, _: object) -> None:
-        self._ended = time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -173,20 +134,18 @@ class Opd:
         weight_BT = prefix_weights(self._current_logp(batch), batch.sampled_logp_BT, batch.mask_BT)
         return replace(batch, weight_BT=weight_BT)
 
-    def _begin(self, step: int) -> _Scoring:
-        """Writes step s's rollouts with the weights of now, or the teacher's, and has them scored while the caller goes
-        on.
-        """
+    def _begin(self, step: int) -> Scoring:
+        """Writes step s's rollouts with the weights of now, or the teacher's; they are scored as each ends."""
         problems = pick(self._task.train, self._problems_per_step, step, self._seed)
-        started = time.perf_counter()
         seeds = rollout_seeds(self._seed, step, self._problems_per_step)
         sampler = self._sampler
         if is_by_teacher(step, self._teacher_written, self._seed):
             assert self._teacher_sampler is not None
             sampler = self._teacher_sampler
-        rollouts = sampler.sample(problems, self._sampling, seeds=seeds)
-        sampled = time.perf_counter()
-        return _Scoring(rollouts, sampled - started, self._scorer.start(rollouts, self._objective.wanted), sampled)
+        return Scoring(
+            sampler.stream(problems, self._sampling, seeds=seeds),
+            partial(self._scorer.start, wanted=self._objective.wanted),
+        )
 
     def _scored_in_full(self, rollouts: Sequence[Rollout], step: int) -> Batch | None:
         full = self._full_vocabulary

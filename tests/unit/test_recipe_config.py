@@ -124,7 +124,15 @@ def test_a_recipe_where_one_run_is_wanted_is_refused(recipe):
         load_config(recipe)
 
 
-def test_the_shipped_recipe_is_valid():
-    warmup, told = load_plan(Path(__file__).parents[2] / "student_trainer" / "configs" / "recipe.toml")
+def test_the_shipped_recipes_are_valid():
+    configs = Path(__file__).parents[2] / "student_trainer" / "configs"
+    warmup, told = load_plan(configs / "recipe.toml")
     assert (warmup.config.stage.kind, told.config.stage.kind) == ("sft", "opsd")
     assert Path(told.config.model.path) == told.teacher_weights == Path("runs/recipe/warmup/checkpoints/step-00000300")
+    sft, rlvr, opd = load_plan(configs / "recipe_rlvr.toml")
+    assert [stage.config.stage.kind for stage in (sft, rlvr, opd)] == ["sft", "grpo", "opd"]
+    assert Path(opd.config.model.path) == Path("runs/recipe_rlvr/sft/checkpoints/step-00000300")
+    assert opd.teacher_weights == Path("runs/recipe_rlvr/rlvr/checkpoints/step-00000200")
+    assert opd.config.teacher is not None
+    assert opd.config.teacher.url == rlvr.config.rollout.url
+    assert (rlvr.config.num_samples, opd.config.num_samples) == (8, 1)
