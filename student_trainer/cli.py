@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from student_trainer.stopped import Stopped
 
 USER_ERROR = 2
 """Exit code of a mistake that the user can mend."""
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a command that Ctrl-C ended."""
 
 app = App(name="student-trainer", help="Train a student on its own rollouts, scored by a teacher reached by URL.")
 
@@ -94,7 +98,7 @@ def generate(
     seed: int = 0,
     json: bool = False,
 ) -> None:
-    """Print what a student writes.
+    """Print what a student writes, each completion as it is finished; Ctrl-C ends it.
 
     Args:
         source: A config or a run folder, of which the last checkpoint writes; or a model's folder or Hub id.
@@ -116,11 +120,16 @@ def generate(
 
     quiet_libraries()
     params = SamplingParams(max_new_tokens, temperature, top_p, num_samples=samples)
-    rollouts = write(model, prompt, params, system=system, seed=seed)
-    if json:
-        sys.stdout.writelines(to_json(rollout) + "\n" for rollout in rollouts)
-    else:
-        show(Console(), model.path, rollouts)
+    try:
+        for rollout in write(model, prompt, params, system=system, seed=seed):
+            if json:
+                sys.stdout.write(to_json(rollout) + "\n")
+                sys.stdout.flush()
+            else:
+                show(Console(), model.path, rollout)
+    except KeyboardInterrupt:
+        sys.stderr.write("student-trainer: stopped; every completion above is whole\n")
+        sys.exit(INTERRUPTED)
 
 
 @app.command
@@ -153,15 +162,21 @@ def init(recipe: str, *, task: str = "jsonl", out: Path | None = None) -> None:
 
 
 @app.command
-def report(run: Path) -> None:
-    """Write RUN/report.html and RUN/plots from what RUN has logged so far.
+def report(*runs: Path, out: Path | None = None) -> None:
+    """Write RUN/report.html and RUN/plots from what RUN has logged so far; of several, one page to compare them.
 
     Args:
-        run: A run folder.
+        runs: Run folders.
+        out: The page that compares several runs; without it report.html here.
     """
-    from student_trainer.report import write_report
+    from student_trainer.report import write_comparison, write_report
 
-    Console().print(str(write_report(run)), highlight=False, soft_wrap=True)
+    if not runs:
+        raise ValueError("report of what? Give a run folder, or several to compare")
+    if len(runs) == 1 and out:
+        raise ValueError(f"--out is for a comparison of several runs; the report of one is {runs[0] / 'report.html'}")
+    written = write_report(runs[0]) if len(runs) == 1 else write_comparison(runs, out or Path("report.html"))
+    Console().print(str(written), highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -176,7 +191,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("student-trainer: stopped; run the same command to go on from the last checkpoint\n")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _model_of(source: str, overrides: Sequence[str]) -> ModelConfig:

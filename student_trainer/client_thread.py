@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from protos.client import Teacher, connect
 from protos.credentials import Tls
 from protos.records import TeacherInfo
+from student_trainer.named_teacher import named
 
 T = TypeVar("T")
 
@@ -21,6 +22,7 @@ class ClientThread:
     Args:
         url: as `protos.client.connect` takes it.
         tls: the files of a grpcs or https teacher; None for the defaults of `connect`.
+        name: which of the server's teachers; None is its first.
 
     Attributes:
         teacher: the client; its coroutines run through `wait` and `start`.
@@ -30,12 +32,12 @@ class ClientThread:
         TeacherError: the teacher could not be asked; nothing is left behind.
     """
 
-    def __init__(self, url: str, tls: Tls | None = None) -> None:
+    def __init__(self, url: str, tls: Tls | None = None, *, name: str | None = None) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-client", daemon=True)
         self._thread.start()
         try:
-            self.teacher, self.info = self.wait(_connected(url, tls))
+            self.teacher, self.info = self.wait(_connected(url, tls, name))
         except BaseException:
             self._stop()
             raise
@@ -61,10 +63,11 @@ class ClientThread:
         self._loop.close()
 
 
-async def _connected(url: str, tls: Tls | None) -> tuple[Teacher, TeacherInfo]:
+async def _connected(url: str, tls: Tls | None, name: str | None) -> tuple[Teacher, TeacherInfo]:
     """`connect` inside the loop that will use it, whose sockets belong to it; closed again where nobody answers."""
     teacher = connect(url, tls=tls)
     try:
+        teacher = teacher if name is None else await named(teacher, name)
         return teacher, await teacher.info()
     except BaseException:
         await teacher.aclose()

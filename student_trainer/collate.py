@@ -21,6 +21,24 @@ from student_trainer.rollout.transformers import left_pad
 
 
 @dataclass(frozen=True)
+class ModelInputs:
+    """What one forward pass reads, and where in it the completion tokens are predicted. R rows of W tokens.
+
+    Attributes:
+        ids_RW: int64.
+        attention_mask_RW: int64, 0 where padding is; None where the positions alone say what belongs together.
+        position_ids_RW: int64.
+        row_N, column_N: int64, the place that predicts each of the N completion tokens of the batch, in their order.
+    """
+
+    ids_RW: torch.Tensor
+    attention_mask_RW: torch.Tensor | None
+    position_ids_RW: torch.Tensor
+    row_N: torch.Tensor
+    column_N: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """Padded sequences, and whatever a teacher said of them.
 
@@ -89,7 +107,7 @@ class Batch:
                 for field in fields(self)
                 if (value := getattr(self, field.name)) is not None
             }
-            yield Batch(**cut)
+            yield replace(self, **cut)
 
     def token_chunks(self, num_tokens: int) -> Iterator[Batch]:
         """The completion tokens alone, at most `num_tokens` at a time: one sequence [1, C], without prompt or padding.
@@ -123,7 +141,69 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         moved = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        return Batch(**moved)
+        return replace(self, **moved)
+
+    def model_inputs(self) -> ModelInputs:
+        """One row for each sequence."""
+        ids = torch.cat([self.prompt_ids_BN, self.completion_ids_BT], -1)
+        mask = torch.cat([self.prompt_mask_BN, self.mask_BT.long()], -1)
+        row_N, place_N = self.mask_BT.nonzero(as_tuple=True)
+        first = self.prompt_ids_BN.shape[1] - 1
+        return ModelInputs(ids, mask, (mask.cumsum(-1) - 1).clamp_min(0), row_N, place_N + first)
+
+    def packed(self) -> PackedBatch:
+        """The same sequences, several to a row of the forward pass."""
+        return PackedBatch(**{field.name: getattr(self, field.name) for field in fields(self)})
+
+
+class PackedBatch(Batch):
+    """A batch whose sequences stand one after the other in the rows of a forward pass, none wider than the longest.
+
+    Every sequence starts at position 0, from which transformers makes an attention mask that is causal within each
+    sequence and closed between them (`masking_utils.find_packed_sequence_indices`); a row's padding is one more of
+    them. `lm_head.check_packing` finds out whether a model keeps to it.
+    """
+
+    def model_inputs(self) -> ModelInputs:
+        """As few rows as first-fit-decreasing finds."""
+        mask = torch.cat([self.prompt_mask_BN.bool(), self.mask_BT], -1)
+        ids = torch.cat([self.prompt_ids_BN, self.completion_ids_BT], -1)
+        lengths = mask.sum(-1).tolist()
+        rows = first_fit_decreasing(lengths, max(lengths))
+        stands: dict[int, tuple[int, int]] = {}
+        used = [0] * len(rows)
+        for r, row in enumerate(rows):
+            for b in row:
+                stands[b] = (r, used[r])
+                used[r] += lengths[b]
+        row_B, start_B = torch.tensor([stands[b] for b in range(len(lengths))], device=ids.device).unbind(-1)
+        used_R = torch.tensor(used, device=ids.device)
+
+        sequence_L, column_L = mask.nonzero(as_tuple=True)
+        place_L = (mask.cumsum(-1) - 1)[mask]
+        row_L, at_L = row_B[sequence_L], start_B[sequence_L] + place_L
+        ids_RW = ids.new_zeros((len(rows), max(lengths)))
+        ids_RW[row_L, at_L] = ids[mask]
+        position_RW = torch.arange(max(lengths), device=ids.device) - used_R[:, None]
+        position_RW[row_L, at_L] = place_L
+        is_completion_L = column_L >= self.prompt_ids_BN.shape[1]
+        return ModelInputs(ids_RW, None, position_RW, row_L[is_completion_L], at_L[is_completion_L] - 1)
+
+
+def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of at most `capacity` tokens, each a list of sequences by number: the longest first, each into the first row
+    that has room (Johnson 1973, "Near-optimal bin packing algorithms": at most 11/9 of the fewest rows and one more).
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for b in sorted(range(len(lengths)), key=lambda b: -lengths[b]):
+        row = next((r for r, left in enumerate(room) if left >= lengths[b]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(capacity)
+        rows[row].append(b)
+        room[row] -= lengths[b]
+    return rows
 
 
 def collate(prompts: Sequence[Int32], completions: Sequence[Int32], **per_token: Sequence[np.ndarray] | None) -> Batch:

@@ -1,9 +1,9 @@
-"""What a student writes to a person's own prompts."""
+"""What a student writes to a person's own prompts, shown as it is written."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console, Group
 from rich.markup import escape
@@ -21,8 +21,8 @@ from student_trainer.tasks import Problem
 
 def generate(
     model: ModelConfig, prompts: Sequence[str], params: SamplingParams, *, system: str | None, seed: int
-) -> list[Rollout]:
-    """`params.num_samples` completions of each prompt, grouped by prompt.
+) -> Iterator[Rollout]:
+    """`params.num_samples` completions of each prompt, those of one prompt as soon as they are all finished.
 
     Raises:
         ConfigError: there is no such model.
@@ -44,7 +44,12 @@ def generate(
         Problem(id=str(index), messages=(*before, Message("user", prompt)), answer="")
         for index, prompt in enumerate(prompts)
     ]
-    return sampler.sample(problems, params, seeds=rollout_seeds(seed, 0, len(problems)))
+    seeds = rollout_seeds(seed, 0, len(problems))
+    return (
+        rollout
+        for problem, its_seed in zip(problems, seeds, strict=True)
+        for rollout in sampler.sample([problem], params, seeds=[its_seed])
+    )
 
 
 def to_json(rollout: Rollout) -> str:
@@ -61,11 +66,10 @@ def to_json(rollout: Rollout) -> str:
     )
 
 
-def show(console: Console, model: str, rollouts: Sequence[Rollout]) -> None:
-    """Prints each completion below its prompt."""
-    for rollout in rollouts:
-        end = "finished" if rollout.is_finished else "cut at the budget"
-        mean = float(rollout.logprobs.mean())
-        note = f"{len(rollout.completion_ids)} tokens, {end}, mean log-prob {mean:.3f} nats"
-        prompt = Text(rollout.problem.messages[-1].content, style="dim")
-        console.print(Panel(Group(prompt, Text(rollout.text)), title=escape(model), subtitle=note))
+def show(console: Console, model: str, rollout: Rollout) -> None:
+    """Prints a completion below its prompt."""
+    end = "finished" if rollout.is_finished else "cut at the budget"
+    mean = float(rollout.logprobs.mean())
+    note = f"{len(rollout.completion_ids)} tokens, {end}, mean log-prob {mean:.3f} nats"
+    prompt = Text(rollout.problem.messages[-1].content, style="dim")
+    console.print(Panel(Group(prompt, Text(rollout.text)), title=escape(model), subtitle=note))

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from student_trainer.collate import Batch
+from student_trainer.collate import Batch, collate
 
 CHUNK_LOGITS = 2**25
 """Logits of one chunk, 128 MiB in float32: 220 tokens at a vocabulary of 151,936, a nineteenth of 4,096, and rows
@@ -86,13 +87,42 @@ def find_head(model: PreTrainedModel) -> LmHead:
 
 def completion_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The hidden states [N, D] that predict the batch's N completion tokens, in the order of `batch.token_chunks`."""
-    ids = torch.cat([batch.prompt_ids_BN, batch.completion_ids_BT], -1)
-    mask = torch.cat([batch.prompt_mask_BN, batch.mask_BT.long()], -1)
+    inputs = batch.model_inputs()
     with _HeadInput(model, max_rows=1) as caught:
-        position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
-        model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
-    first = batch.prompt_ids_BN.shape[1] - 1
-    return caught.hidden[:, first:-1][batch.mask_BT]
+        model(
+            input_ids=inputs.ids_RW,
+            attention_mask=inputs.attention_mask_RW,
+            position_ids=inputs.position_ids_RW,
+            use_cache=False,
+        )
+    return caught.hidden[inputs.row_N, inputs.column_N]
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """Packs two short texts into a row beside a long one's, and asks whether the first changes the second.
+
+    Raises:
+        ValueError: it does.
+    """
+    short = np.arange(PROBE_TOKENS, dtype=np.int32)
+    long = np.arange(2 * PROBE_TOKENS, dtype=np.int32)
+
+    def last_hidden(first: np.ndarray) -> Tensor:
+        texts = (long, first, short)
+        batch = collate([text[:1] for text in texts], [text[1:] for text in texts]).packed()
+        return completion_hidden(model, batch.to(model.device))[1 - PROBE_TOKENS :]
+
+    was_training = model.training
+    model.eval()
+    try:
+        is_apart = last_hidden(short).equal(last_hidden(short[::-1].copy()))
+    finally:
+        model.train(was_training)
+    if not is_apart:
+        raise ValueError(
+            f"{type(model).__name__} lets a text see what is packed into the same row: set stage.packing to false"
+        )
 
 
 def logit_chunks(model: PreTrainedModel, head: LmHead, batch: Batch) -> Iterator[tuple[Tensor, Batch]]:

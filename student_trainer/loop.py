@@ -68,7 +68,7 @@ def _go_on(run: RunFolder, config: TrainConfig, *, quiet: bool) -> Path | None:
     alarms = Alarms(config.watch, distributed.by_main(run.metrics), roll_backs)
     if alarm := alarms.standing():
         raise StoppedByRule(alarm.sentence)
-    stage = build_stage(now, student, task)
+    stage = build_stage(now, student, task, quiet=quiet)
     save = partial(_save, run, learner, stage, alarms, config)
     try:
         if resumed_from:

@@ -6,8 +6,19 @@ from collections.abc import Callable
 from typing import assert_never
 
 import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
-from protos.records import Privileged, PrivilegedIds, Reference, SystemText, TeacherInfo, UserPrefix, UserSuffix
+from protos.records import (
+    Message,
+    Privileged,
+    PrivilegedIds,
+    Reference,
+    SystemText,
+    TeacherInfo,
+    UserPrefix,
+    UserSuffix,
+)
 from student_trainer.config import (
     AnswerPrivileged,
     IdsPrivileged,
@@ -16,7 +27,11 @@ from student_trainer.config import (
     TextPrivileged,
 )
 from student_trainer.tasks import Problem
+from student_trainer.text import render_prompt
 from student_trainer.wording import fill
+
+JOINT = "\n\n"
+"""Between privileged text and the text that was there, as a teacher server has it."""
 
 _TEXTS = {"system": SystemText, "user_prefix": UserPrefix, "user_suffix": UserSuffix}
 
@@ -39,6 +54,25 @@ def privileged_of(config: PrivilegedConfig) -> Callable[[Problem], Privileged]:
             assert_never(config)
 
 
+def num_context_tokens(tokenizer: PreTrainedTokenizerBase, problem: Problem, privileged: Privileged | None) -> int:
+    """Tokens that a teacher reads of a problem before the completion; of a Reference at least so many.
+
+    What a Reference's template says around it is the server's own.
+
+    Raises:
+        ValueError: the chat template does not take it.
+    """
+    if isinstance(privileged, PrivilegedIds):
+        return len(privileged.ids) + len(render_prompt(tokenizer, problem.messages))
+    try:
+        return len(render_prompt(tokenizer, _told(problem.messages, privileged)))
+    except TemplateError as error:
+        raise ValueError(
+            f"problem {problem.id}: the model's chat template does not take its messages with the privileged "
+            f"information: {error}"
+        ) from error
+
+
 def refusals(config: PrivilegedConfig, info: TeacherInfo) -> list[str]:
     """Why this teacher cannot be told that, a sentence each; none when it can."""
     is_named = isinstance(config, AnswerPrivileged | ReferencePrivileged)
@@ -50,6 +84,25 @@ def refusals(config: PrivilegedConfig, info: TeacherInfo) -> list[str]:
         known = ", ".join(info.reference_templates) or "none"
         return [f"the reference template {config.template!r} was asked for; the teacher has {known}"]
     return []
+
+
+def _told(
+    messages: tuple[Message, ...], privileged: SystemText | UserPrefix | UserSuffix | Reference | None
+) -> tuple[Message, ...]:
+    """The messages as a teacher server joins the privileged text to them."""
+    last = max((i for i, message in enumerate(messages) if message.role == "user"), default=0)
+    head, user, tail = messages[:last], messages[last], messages[last + 1 :]
+    match privileged:
+        case None:
+            return messages
+        case SystemText(text) if messages[0].role == "system":
+            return (Message("system", text + JOINT + messages[0].content), *messages[1:])
+        case SystemText(text):
+            return (Message("system", text), *messages)
+        case UserPrefix(text):
+            return (*head, Message(user.role, text + JOINT + user.content), *tail)
+        case UserSuffix(text) | Reference(text):
+            return (*head, Message(user.role, user.content + JOINT + text), *tail)
 
 
 def _filled(text: str, problem: Problem) -> str:

@@ -61,14 +61,15 @@ def duration(seconds: float) -> str:
     return f"{num_s // 86400} d {num_s % 86400 // 3600:02} h"
 
 
-class Progress:
-    """The progress of one run, written to standard error."""
+class Counter:
+    """How far a count of `unit`s has come, written to standard error."""
 
-    def __init__(self, config: TrainConfig, *, start: int, quiet: bool = False) -> None:
+    def __init__(self, title: str, unit: str, total: int, *, start: int, quiet: bool = False) -> None:
         console = Console(file=sys.stderr, quiet=quiet)
         self._is_terminal = console.is_terminal
         self._console = console
-        self._title = f"{config.stage.kind} {config.run}"
+        self._title = title
+        self._unit = unit
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -78,11 +79,27 @@ class Progress:
             console=console,
             disable=not self._is_terminal,
         )
-        self._task = self._bar.add_task(self._title, total=config.steps, completed=start, note="")
-        self._num_done, self._num_steps = start, config.steps
-        self._seen: dict[str, float] = {}
+        self._task = self._bar.add_task(title, total=total, completed=start, note="")
+        self.num_done, self._total = start, total
         self._last_line_s = -LINE_EVERY_S
-        self._rates = Rates(time.monotonic())
+
+    @property
+    def num_left(self) -> int:
+        """Up to the total."""
+        return self._total - self.num_done
+
+    def advance(self, num: int, note: str) -> None:
+        """So many more are done; `note` says what else there is to know."""
+        self.num_done += num
+        self._bar.update(self._task, advance=num, note=note)
+        is_last = self.num_done == self._total
+        if not self._is_terminal and (is_last or time.monotonic() - self._last_line_s >= LINE_EVERY_S):
+            self._last_line_s = time.monotonic()
+            self.say(f"{self._title}: {self._unit} {self.num_done}/{self._total}  {note}")
+
+    def say(self, line: str) -> None:
+        """One line of its own."""
+        self._console.print(line, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -91,19 +108,28 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+
+class Progress:
+    """The progress of one run."""
+
+    def __init__(self, config: TrainConfig, *, start: int, quiet: bool = False) -> None:
+        self._counter = Counter(f"{config.stage.kind} {config.run}", "step", config.steps, start=start, quiet=quiet)
+        self._seen: dict[str, float] = {}
+        self._rates = Rates(time.monotonic())
+
+    def __enter__(self) -> Self:
+        self._counter.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._counter.__exit__(*exc_info)
+
     def advance(self, row: Row) -> None:
         """One step is done; `row` is its metrics."""
-        self._num_done += 1
         self._seen |= {name: row[key] for key, name in SHOWN if key in row}
         self._rates.add(time.monotonic(), row["num_tokens"])
-        rates = self._rates.describe(self._num_steps - self._num_done)
-        note = "  ".join([rates, *(f"{name} {value:.3f}" for name, value in self._seen.items())])
-        self._bar.update(self._task, advance=1, note=note)
-        is_last = self._num_done == self._num_steps
-        if not self._is_terminal and (is_last or time.monotonic() - self._last_line_s >= LINE_EVERY_S):
-            self._last_line_s = time.monotonic()
-            line = f"{self._title}: step {self._num_done}/{self._num_steps}  {note}"
-            self._console.print(line, highlight=False, soft_wrap=True)
+        rates = self._rates.describe(self._counter.num_left - 1)
+        self._counter.advance(1, "  ".join([rates, *(f"{name} {value:.3f}" for name, value in self._seen.items())]))
 
 
 def quiet_libraries() -> None:

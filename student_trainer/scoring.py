@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Self
+from functools import partial
+from typing import Self, TypeVar
+
+import torch
 
 from protos.credentials import Tls
 from protos.fingerprint import UNKNOWN, SpellingVocabulary, differences, spelling_differences
-from protos.records import Chat, Privileged, ScoreItem, ScoreResult, TokenizerFingerprint
+from protos.records import (
+    Chat,
+    GenerateItem,
+    GenerateResult,
+    Int32,
+    Privileged,
+    ScoreItem,
+    ScoreResult,
+    TokenizerFingerprint,
+)
 from protos.service import Detokenizer
 from student_trainer.client_thread import ClientThread
-from student_trainer.rollout.base import Rollout
+from student_trainer.rollout.base import Rollout, SamplingParams
 from student_trainer.steady_teacher import SteadyTeacher
 from student_trainer.tasks import Problem
 from student_trainer.teacher_identity import TeacherMismatch
+from student_trainer.weights_sync import WeightsSync
+
+Item = TypeVar("Item", ScoreItem, GenerateItem)
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,7 @@ class Scorer:
         timeout_s: for one call of `score`, in seconds.
         max_wait_s: how long that call waits for a teacher that is gone; see `SteadyTeacher`.
         tls: the files of a grpcs or https teacher; None for the defaults of `connect`.
+        name: which of the server's teachers; None is its first.
         privileged: what the teacher sees of a problem and the student does not; None for nothing.
 
     Attributes:
@@ -62,15 +78,17 @@ class Scorer:
         timeout_s: float,
         max_wait_s: float = 0.0,
         tls: Tls | None = None,
+        name: str | None = None,
         privileged: Callable[[Problem], Privileged] | None = None,
     ) -> None:
         self._url = url
         self._temperature = temperature
         self._timeout_s = timeout_s
         self._privileged = privileged
-        self._client = ClientThread(url, tls)
+        self._client = ClientThread(url, tls, name=name)
         self.info = self._client.info
         self._steady = SteadyTeacher(self._client.teacher, self.info, max_wait_s)
+        self._sync = WeightsSync(self._client, timeout_s=timeout_s)
 
     def handshake(
         self,
@@ -102,7 +120,7 @@ class Scorer:
         for name, asked, limit in (
             ("teacher's top-K", wanted.teacher_top_k, info.max_top_k),
             ("student's ids a position", wanted.student_top_k, info.max_candidates),
-            ("prompt and completion tokens", max_context_tokens, info.max_context_tokens),
+            ("prompt, privileged information and completion tokens", max_context_tokens, info.max_context_tokens),
         ):
             if asked > limit:
                 problems.append(f"{name}: {asked} needed, the teacher takes at most {limit}")
@@ -130,8 +148,48 @@ class Scorer:
     def start(self, rollouts: Sequence[Rollout], wanted: Wanted) -> Future[list[ScoreResult]]:
         """`score`, begun in the client's thread while the caller goes on."""
         items = [self._item(rollout, wanted) for rollout in rollouts]
-        limit = self.info.max_items
-        return self._client.start(self._score([items[i : i + limit] for i in range(0, len(items), limit)]))
+        return self._client.start(self._score(self._requests(items)))
+
+    def write(
+        self,
+        problems: Sequence[Problem],
+        params: SamplingParams,
+        *,
+        seeds: Sequence[int],
+        prompts: Sequence[Int32] | None = None,
+    ) -> Future[list[GenerateResult]]:
+        """Begins the teacher's own completions: one result of `params.num_samples` samples a problem, in order.
+
+        Args:
+            seeds: one for each problem.
+            prompts: the problems' ids, for a teacher of the same tokenizer that is told nothing more; without them the
+                teacher's own chat template is used.
+
+        Raises:
+            TeacherError, TeacherGone, TeacherMismatch: by the result; see `score`.
+        """
+        items = [
+            GenerateItem(
+                prompt=Chat(problem.messages) if prompts is None or self._privileged else prompts[place],
+                max_new_tokens=params.max_new_tokens,
+                temperature=params.temperature,
+                top_p=params.top_p,
+                num_samples=params.num_samples,
+                seed=seed,
+                privileged=self._privileged(problem) if self._privileged else None,
+            )
+            for place, (problem, seed) in enumerate(zip(problems, seeds, strict=True))
+        ]
+        return self._client.start(self._write(self._requests(items)))
+
+    def send_weights(self, weights: Mapping[str, torch.Tensor]) -> int:
+        """Has the teacher score with these weights from here on, and no other; returns their version.
+
+        Raises:
+            TeacherError: see `WeightsSync.send`.
+            TeacherGone, TeacherMismatch: see `SteadyTeacher.take_weights`.
+        """
+        return self._client.wait(self._steady.take_weights(partial(self._sync.send, weights)))
 
     def take_waited_s(self) -> float:
         """See `SteadyTeacher.take_waited_s`."""
@@ -146,6 +204,14 @@ class Scorer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _requests(self, items: Sequence[Item]) -> list[Sequence[Item]]:
+        limit = self.info.max_items
+        return [items[start : start + limit] for start in range(0, len(items), limit)]
+
+    async def _write(self, requests: Sequence[Sequence[GenerateItem]]) -> list[GenerateResult]:
+        replies = await asyncio.gather(*(self._steady.generate(r, timeout_s=self._timeout_s) for r in requests))
+        return [result for results in replies for result in results]
 
     async def _score(self, requests: Sequence[Sequence[ScoreItem]]) -> list[ScoreResult]:
         replies = await asyncio.gather(*(self._steady.score(r, timeout_s=self._timeout_s) for r in requests))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from protos.client import Teacher
 from protos.errors import EngineFailed, TeacherError
-from protos.records import ScoreItem, ScoreResult, TeacherInfo
+from protos.records import GenerateItem, GenerateResult, ScoreItem, ScoreResult, TeacherInfo
 from student_trainer import interrupt
 from student_trainer.stopped import TeacherGone
 from student_trainer.teacher_identity import TeacherIdentity, TeacherMismatch
@@ -29,9 +30,16 @@ IDENTITY_HOLDS_S = 1.0
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+Result = TypeVar("Result", ScoreResult, GenerateResult)
+
+
+class WeightsLost(TeacherMismatch):
+    """The same teacher no longer has the weights that the run sent it: it was started anew."""
+
 
 class SteadyTeacher:
-    """Scores by `teacher`, which stays the caller's to close.
+    """Scores and writes by `teacher`, which stays the caller's to close.
 
     Waited for: everything that a retry can help, and an engine that failed, whose server ends and is restarted.
 
@@ -43,6 +51,7 @@ class SteadyTeacher:
     def __init__(self, teacher: Teacher, info: TeacherInfo, max_wait_s: float) -> None:
         self._teacher = teacher
         self._identity = TeacherIdentity.of(info)
+        self._sent_version: int | None = None
         self._max_wait_s = max_wait_s
         self._identified = time.monotonic()
         self._said = 0.0
@@ -53,17 +62,51 @@ class SteadyTeacher:
         """One result for each item, in order.
 
         Raises:
-            TeacherMismatch: another teacher, or other weights, than when the run began.
+            TeacherMismatch: another teacher, or other weights, than when the run began or last sent some.
+            WeightsLost: likewise, where sending them again mends it.
             TeacherGone: it was waited for in vain.
             Interrupted: a signal came during the wait.
             TeacherError: any other failure.
         """
+        return await self._answers(lambda: self._teacher.score(items, timeout_s=timeout_s))
+
+    async def generate(self, items: Sequence[GenerateItem], *, timeout_s: float) -> list[GenerateResult]:
+        """As `score`."""
+        return await self._answers(lambda: self._teacher.generate(items, timeout_s=timeout_s))
+
+    async def take_weights(self, send: Callable[[], Awaitable[int]]) -> int:
+        """Has `send` give the teacher new weights; answers must carry the version that it returns from here on.
+
+        Raises:
+            TeacherMismatch, TeacherGone, Interrupted, TeacherError: as in `score`.
+        """
+
+        async def attempt() -> int:
+            await self._found_the_same()
+            return await send()
+
+        self._sent_version = await self._waited_for(attempt)
+        self._identity = replace(self._identity, weights_version=self._sent_version)
+        self._identified = time.monotonic()
+        return self._sent_version
+
+    async def _answers(self, ask: Callable[[], Awaitable[list[Result]]]) -> list[Result]:
+        async def attempt() -> list[Result]:
+            await self._identify()
+            return await ask()
+
+        results = await self._waited_for(attempt)
+        for result in results:
+            self._check_version(result.weights_version)
+        return results
+
+    async def _waited_for(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """What `attempt` returns, made again until the teacher answers."""
         failed_at: float | None = None
         pause_s = FIRST_PAUSE_S
         while True:
             try:
-                await self._identify()
-                results = await self._teacher.score(items, timeout_s=timeout_s)
+                result = await attempt()
             except TeacherError as error:
                 if not (error.row.retryable or isinstance(error, EngineFailed)):
                     raise
@@ -76,12 +119,7 @@ class SteadyTeacher:
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             else:
                 self._answered()
-                self._check_weights(results)
-                return results
-
-    def expect_weights(self, version: int) -> None:
-        """The weights that answers have from here on: the run itself has changed them."""
-        self._identity = replace(self._identity, weights_version=version)
+                return result
 
     def take_waited_s(self) -> float:
         """Seconds that the teacher was gone since this was last asked."""
@@ -91,13 +129,25 @@ class SteadyTeacher:
     async def _identify(self) -> None:
         if self._gone_since is None and time.monotonic() - self._identified < IDENTITY_HOLDS_S:
             return
-        self._refuse(self._identity.changes(TeacherIdentity.of(await self._teacher.info())))
+        self._check_version((await self._found_the_same()).weights_version)
         self._identified = time.monotonic()
 
-    def _check_weights(self, results: Sequence[ScoreResult]) -> None:
+    async def _found_the_same(self) -> TeacherIdentity:
+        """Who answers now; all but the weights' version is as it was."""
+        now = TeacherIdentity.of(await self._teacher.info())
+        self._refuse(self._identity.changes(replace(now, weights_version=self._identity.weights_version)))
+        return now
+
+    def _check_version(self, version: int | None) -> None:
         expected = self._identity.weights_version
-        others = sorted({result.weights_version for result in results} - {expected})
-        self._refuse([f"weights_version was {expected} and is {version}" for version in others])
+        if version == expected:
+            return
+        if self._sent_version is not None and version is not None and version < self._sent_version:
+            raise WeightsLost(
+                f"teacher {self._teacher.url} was sent weights of version {expected} and has version {version}: it was "
+                "started anew"
+            )
+        self._refuse([f"weights_version was {expected} and is {version}"])
 
     def _refuse(self, changes: Sequence[str]) -> None:
         if changes:

@@ -28,7 +28,7 @@ class TeacherIdentity:
 
     Attributes:
         teacher: the served name.
-        weights_version: of its weights.
+        weights_version: of its weights; None where the run itself sends them.
         tokenizer: the fingerprint's fields by name.
     """
 
@@ -36,7 +36,7 @@ class TeacherIdentity:
     revision: str
     dtype: str
     teacher: str
-    weights_version: int
+    weights_version: int | None
     tokenizer: dict[str, str]
 
     @classmethod
@@ -52,14 +52,15 @@ class TeacherIdentity:
         return [f"{name} was {_shown(was)} and is {_shown(value)}" for name, was, value in pairs if was != value]
 
     def hold(self, file: Path) -> None:
-        """Writes the identity when `file` is not there; compares with it when it is.
+        """Writes the identity when `file` is not there; compares with it when it is. Every rank calls it.
 
         Raises:
             TeacherMismatch: the file holds another teacher's.
         """
-        by_main(lambda: self._hold(file))
+        by_main(lambda: self.hold_alone(file))
 
-    def _hold(self, file: Path) -> None:
+    def hold_alone(self, file: Path) -> None:
+        """`hold`, for one rank that calls it alone."""
         if not file.exists():
             replace_text(file, json.dumps(asdict(self), indent=2) + "\n")
             return

@@ -9,13 +9,14 @@ from protos.client import connect, read_chunks
 from protos.credentials import Tls
 from protos.records import ServedTeacher, WeightsUpdate
 from student_trainer.config import ConfigError, TeacherConfig
+from student_trainer.named_teacher import named
 
 WEIGHTS_FILE = "model.safetensors"
 """Of a checkpoint's folder."""
 
 
 def send_checkpoint(teacher: TeacherConfig, folder: Path) -> ServedTeacher:
-    """The server's model takes the weights of that checkpoint, as the version after the one it serves.
+    """The teacher takes the weights of that checkpoint, as the version after the one that it serves.
 
     Raises:
         ConfigError: the folder holds no full weights in one file.
@@ -28,7 +29,8 @@ def send_checkpoint(teacher: TeacherConfig, folder: Path) -> ServedTeacher:
 
 
 async def _send(teacher: TeacherConfig, file: Path) -> ServedTeacher:
-    async with connect(teacher.url, tls=Tls(ca=teacher.ca) if teacher.ca else None) as remote:
+    async with connect(teacher.url, tls=Tls(ca=teacher.ca) if teacher.ca else None) as server:
+        remote = await named(server, teacher.name) if teacher.name else server
         info = await remote.info()
         update = WeightsUpdate(info.teachers[0], version=info.weights_version + 1)
         return await remote.update_weights(update, read_chunks(file), timeout_s=teacher.timeout_s)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 
+import torch
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
@@ -40,25 +41,29 @@ class WeightsSync:
         self.version = served.get(self._teacher, client.info.weights_version)
         self._timeout_s = timeout_s
 
-    def push(self, model: PreTrainedModel, *, ema_decay: float | None = None) -> int:
-        """Sends the model's weights and returns their version, once later requests are answered by them.
+    def push(self, model: PreTrainedModel) -> int:
+        """`send` of the model's weights, for a synchronous caller."""
+        return self._client.wait(self.send(plain_weights(model)))
+
+    async def send(self, weights: Mapping[str, torch.Tensor]) -> int:
+        """Sends these weights and returns their version, once later requests are answered by them.
 
         Args:
-            ema_decay: as in `WeightsUpdate`; None replaces the weights.
+            weights: as `plain_weights` names them.
 
         Raises:
             PermissionDenied: the token has no admin scope.
             InvalidRequest: the server's model is another.
             TeacherError: the server refused the weights, or could not be reached in `len(RETRY_WAITS_S)` retries.
         """
-        self.version = self._client.wait(self._push(state_bytes(model), ema_decay))
+        self.version = await self._send(weights_file(weights))
         return self.version
 
-    async def _push(self, weights: bytes, ema_decay: float | None) -> int:
-        update = WeightsUpdate(self._teacher, self.version + 1, ema_decay=ema_decay)
+    async def _send(self, file: bytes) -> int:
+        update = WeightsUpdate(self._teacher, self.version + 1)
         for wait_s in (*RETRY_WAITS_S, None):
             try:
-                served = await self._client.teacher.update_weights(update, _chunks(weights), timeout_s=self._timeout_s)
+                served = await self._client.teacher.update_weights(update, _chunks(file), timeout_s=self._timeout_s)
             except PermissionDenied as error:
                 raise PermissionDenied(
                     f"{self._client.teacher.url} must take the student's weights, and TEACHER_TOKEN has no admin scope "
@@ -84,11 +89,11 @@ class WeightsSync:
         raise AssertionError("the last attempt returns or raises")
 
 
-def state_bytes(model: PreTrainedModel) -> bytes:
-    """`plain_weights` as one safetensors file."""
-    return save({name: tensor.contiguous() for name, tensor in plain_weights(model).items()})
+def weights_file(weights: Mapping[str, torch.Tensor]) -> bytes:
+    """One safetensors file."""
+    return save({name: tensor.contiguous() for name, tensor in weights.items()})
 
 
-async def _chunks(weights: bytes) -> AsyncGenerator[bytes, None]:
-    for start in range(0, len(weights), MAX_CHUNK_BYTES):
-        yield weights[start : start + MAX_CHUNK_BYTES]
+async def _chunks(file: bytes) -> AsyncGenerator[bytes, None]:
+    for start in range(0, len(file), MAX_CHUNK_BYTES):
+        yield file[start : start + MAX_CHUNK_BYTES]

@@ -13,7 +13,7 @@ from student_trainer.config.privileged import (
     TextPrivileged,
 )
 from student_trainer.config.run import CheckpointConfig, EvalConfig, RolloutConfig, TrainConfig
-from student_trainer.config.stage import OpdStage, OpsdStage, SftStage, StageConfig
+from student_trainer.config.stage import OpdStage, OpsdStage, SftStage, StageConfig, TracesConfig
 from student_trainer.config.teacher import TeacherConfig
 from student_trainer.config.tracking import TrackingConfig
 from student_trainer.config.watch import Rule, WatchConfig
@@ -42,6 +42,7 @@ __all__ = [
     "StageConfig",
     "TeacherConfig",
     "TextPrivileged",
+    "TracesConfig",
     "TrackingConfig",
     "TrainConfig",
     "WatchConfig",

@@ -37,7 +37,10 @@ class GrpoStage(PolicyStage):
     """Whether advantages are divided by the standard deviation of their group; not in Dr. GRPO (arXiv:2503.20783)."""
     drop_equal_groups: bool = True
     """Whether groups with equal rewards, whose advantages are 0, are left out of the step and of its token mean (DAPO's
-    dynamic filtering, without sampling others in their place). A step whose groups are all equal changes nothing."""
+    dynamic sampling). A step whose groups are all equal changes nothing."""
+    max_draws: PositiveInt = 4
+    """How often a step draws problems at most: after its own, as many more as equal groups were left out, until
+    `problems_per_step` groups differ (DAPO, which sets no limit); 1 puts nothing in their place."""
 
 
 class PpoStage(PolicyStage):

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from student_trainer.config.base import ConfigError, Section
 from student_trainer.config.model import ModelConfig, OptimConfig
 from student_trainer.config.privileged import PrivilegedConfig, TextPrivileged
-from student_trainer.config.stage import OpdStage, OpsdStage, StageConfig
+from student_trainer.config.stage import OpdStage, OpsdStage, SftStage, StageConfig, refuse_teacher_written
 from student_trainer.config.teacher import TeacherConfig
 from student_trainer.config.tracking import TrackingConfig
 from student_trainer.config.watch import WatchConfig
@@ -77,7 +77,7 @@ class TrainConfig(Section):
     task: TaskConfig
     stage: StageConfig
     teacher: TeacherConfig | None = None
-    """Needed by opd and opsd; `--teacher URL` sets its url."""
+    """Needed by opd, opsd and an sft with `stage.traces`; `--teacher URL` sets its url."""
     rollout: RolloutConfig = RolloutConfig()
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()
@@ -95,7 +95,13 @@ class TrainConfig(Section):
     @property
     def privileged(self) -> PrivilegedConfig | None:
         """What the teacher is told that the student is not, with the task's text where the stage has none."""
-        told = self.stage.privileged if isinstance(self.stage, OpdStage | OpsdStage) else None
+        match self.stage:
+            case OpdStage() | OpsdStage():
+                told = self.stage.privileged
+            case SftStage(traces=traces) if traces:
+                told = traces.privileged
+            case _:
+                told = None
         if isinstance(told, TextPrivileged) and told.text is None:
             return told.model_copy(update={"text": self.task.privileged_text})
         return told
@@ -126,8 +132,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _teacher_where_needed(self) -> Self:
-        if self.stage.kind in ("opd", "opsd") and self.teacher is None:
-            raise ValueError(f"stage {self.stage.kind} needs a teacher: set teacher.url or pass --teacher URL")
+        is_needed = self.stage.kind in ("opd", "opsd") or (isinstance(self.stage, SftStage) and self.stage.traces)
+        if is_needed and self.teacher is None:
+            which = "stage.traces" if self.stage.kind == "sft" else f"stage {self.stage.kind}"
+            raise ValueError(f"{which} needs a teacher: set teacher.url or pass --teacher URL")
         return self
 
     @model_validator(mode="after")
@@ -157,6 +165,15 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _moving_teacher_is_of_the_step(self) -> Self:
+        if isinstance(self.stage, OpsdStage) and self.stage.teacher != "frozen" and self.rollout.max_staleness:
+            raise ValueError(
+                f'stage.teacher is "{self.stage.teacher}" and rollout.max_staleness {self.rollout.max_staleness}: '
+                "a teacher that moves has the weights of one step, and can score nothing ahead; set max_staleness to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _group_where_needed(self) -> Self:
         if self.stage.kind == "grpo" and self.num_samples < 2:
             raise ValueError(
@@ -169,4 +186,7 @@ class TrainConfig(Section):
     def _loss_to_change(self) -> Self:
         if not hasattr(self.stage, "loss") and any(rule.loss for rule in self.watch.rules):
             raise ValueError(f"watch.rules: stage {self.stage.kind} has no loss that a roll-back could change")
+        if isinstance(self.stage, OpdStage | OpsdStage):
+            for loss in (rule.loss for rule in self.watch.rules if rule.loss):
+                refuse_teacher_written(self.stage.teacher_written, loss)
         return self

@@ -15,6 +15,8 @@ class TeacherConfig(Section):
     url: str
     """grpc://HOST:PORT or http://HOST:PORT; grpcs and https for TLS. Its token, which no file of the run may hold, is
     taken from the environment variable TEACHER_TOKEN."""
+    name: str | None = None
+    """Which of the server's teachers, for example an adapter that it serves; None is its first."""
     ca: str | None = None
     """The certificate authority of a grpcs or https teacher, a PEM file; None is TEACHER_CA's, or else the system's."""
     timeout_s: PositiveFloat = 300.0

@@ -79,7 +79,8 @@ class WatchConfig(Section):
     max_roll_backs: Annotated[int, Field(ge=0)] = 2
     """In the whole run; the next one stops it instead."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10
-    """Optimiser updates in the whole run that may be skipped because their loss or gradient was not finite."""
+    """Optimiser updates in the whole run, a critic's included, that may be skipped because their loss or gradient was
+    not finite."""
     full_vocabulary_every: Annotated[int, Field(ge=0)] = 0
     """Steps between exact divergences and entropies over the whole vocabulary; 0 never. Each token brings 8 bytes for
     each id of the vocabulary over the network."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from student_trainer.report.alarms import Mark
+from student_trainer.report.deciles import Profile
 from student_trainer.report.series import Series, running_median, window_of
 from student_trainer.report.words import Sample, Word
 
@@ -45,6 +47,15 @@ MAX_MARKED = 40
 LINE_STYLES = ("-", "--", ":", "-.", "-", "--", ":")
 """So that two curves differ by more than colour."""
 
+MARKERS = "osD^vPX"
+"""Of runs: their lines may run into each other, and colours are lost on paper."""
+
+NUM_MARKERS = 8
+"""Along a curve."""
+
+LEGEND_WIDTH, LEGEND_HANDLE, LEGEND_ROW_IN = 76, 11, 0.17
+"""Letters that fit beside each other above a plot, those that a line's sample takes up, and inches a row."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -65,20 +76,66 @@ def png(draw: Draw, curves: Sequence[Curve], unit: str, marks: Sequence[Mark] = 
     figure.subplots_adjust(**MARGINS)
     axes = figure.add_subplot()
     draw(axes, curves)
-    axes.set_xlabel("step", color=INK)
-    axes.set_ylabel(unit, color=INK)
-    last = max(int(curve.series.steps[-1]) for curve in curves)
-    pad = 0.5 + 0.02 * last
-    axes.set_xlim(-pad, last + pad)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.ticklabel_format(axis="y", scilimits=(-3, 5))
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
+    _over_steps(axes, curves, unit)
     _draw_marks(axes, marks)
     if legend:
         figure.legend(loc="upper left", ncols=4, frameon=False, labelcolor=INK, fontsize=8, handlelength=1.4)
+    return _file(canvas)
+
+
+def png_of_runs(curves: Sequence[Curve | None], unit: str, *, smoothed: bool) -> bytes:
+    """The PNG file of one metric of several runs, a curve each, told apart by colour, dashes and markers.
+
+    None takes up the place, and so the colour, of a run without the metric.
+    """
+    drawn = [(index, curve) for index, curve in enumerate(curves) if curve]
+    figure, canvas, num_columns = _under_legend([curve.label for _, curve in drawn])
+    axes = figure.add_subplot()
+    for index, curve in drawn:
+        steps, values = curve.series.steps, curve.series.values
+        shown = running_median(values, window_of(len(values))) if smoothed else values
+        apart = max(1, len(values) // NUM_MARKERS)
+        axes.plot(
+            steps,
+            shown,
+            LINE_STYLES[index],
+            color=COLORS[index],
+            linewidth=1.6,
+            marker=MARKERS[index],
+            markersize=4.5,
+            markevery=(min(index * apart // len(curves), len(values) - 1), apart),
+            label=curve.label,
+        )
+        if curve.band:
+            low, high = curve.band
+            axes.fill_between(steps, low.values, high.values, color=COLORS[index], alpha=0.12, linewidth=0)
+    _over_steps(axes, [curve for _, curve in drawn], unit)
+    _legend_above(figure, num_columns)
+    return _file(canvas)
+
+
+def png_of_profiles(profiles: Sequence[Profile | None]) -> bytes:
+    """The PNG file of entropies by position in the completion, a curve each; None as in `png_of_runs`."""
+    drawn = [(index, profile) for index, profile in enumerate(profiles) if profile]
+    figure, canvas, num_columns = _under_legend([profile.label for _, profile in drawn])
+    axes = figure.add_subplot()
+    for index, profile in drawn:
+        tenths = np.arange(1, len(profile.entropy_D) + 1)
+        axes.plot(
+            tenths,
+            profile.entropy_D,
+            LINE_STYLES[index],
+            color=COLORS[index],
+            marker=MARKERS[index],
+            markersize=4.5,
+            label=profile.label,
+        )
+    axes.set_xlabel("tenth of the completion", color=INK)
+    axes.set_ylabel("nats", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+    _dress(axes)
+    _legend_above(figure, num_columns)
     return _file(canvas)
 
 
@@ -99,15 +156,46 @@ def png_of_words(words: Sequence[Word], samples: Sequence[Sample]) -> bytes:
         tick.set_fontweight("bold" if word.is_hedge else "normal")
     axes.set_xlabel("of 1,000 words", color=INK)
     axes.set_ylim(-0.7, len(words) - 0.3)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.grid(color=GRID, linewidth=0.6, axis="x")
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
+    _dress(axes, "x")
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, labelcolor=INK, fontsize=9, handletextpad=0.2
     )
     figure.tight_layout()
     return _file(canvas)
+
+
+def _over_steps(axes: Axes, curves: Sequence[Curve], unit: str) -> None:
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel(unit, color=INK)
+    last = max(int(curve.series.steps[-1]) for curve in curves)
+    pad = 0.5 + 0.02 * last
+    axes.set_xlim(-pad, last + pad)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+    _dress(axes)
+
+
+def _dress(axes: Axes, grid: Literal["both", "x"] = "both") -> None:
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(color=GRID, linewidth=0.6, axis=grid)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+
+
+def _under_legend(labels: Sequence[str]) -> tuple[Figure, FigureCanvasAgg, int]:
+    """A figure with room above its axes for a legend of those labels, and the legend's columns."""
+    num_columns = max(1, min(4, LEGEND_WIDTH // (max(map(len, labels)) + LEGEND_HANDLE)))
+    legend_in = 0.1 + LEGEND_ROW_IN * -(-len(labels) // num_columns)
+    height = SIZE_IN[1] * MARGINS["top"] + legend_in
+    figure = Figure(figsize=(SIZE_IN[0], height), dpi=DPI, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    bottom = SIZE_IN[1] * MARGINS["bottom"] / height
+    figure.subplots_adjust(**MARGINS | {"bottom": bottom, "top": 1 - legend_in / height})
+    return figure, canvas, num_columns
+
+
+def _legend_above(figure: Figure, num_columns: int) -> None:
+    figure.legend(loc="upper left", ncols=num_columns, frameon=False, labelcolor=INK, fontsize=8, handlelength=3)
 
 
 def _file(canvas: FigureCanvasAgg) -> bytes:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from student_trainer.config import LossConfig, StageConfig, TrainConfig
+from student_trainer.report.deciles import PREFIX as DECILE
 from student_trainer.report.draw import Curve, Draw, draw_lines, draw_smoothed, draw_stack
 from student_trainer.report.headline import TIMES
 from student_trainer.report.record import RunRecord
@@ -53,7 +54,8 @@ def other_panels(record: RunRecord) -> list[Panel]:
     """A panel for every metric that no other panel shows, under its own name."""
     shown = {key for group in panels(record.config).values() for panel in group for key in panel.metrics}
     logged = {key for row in record.rows for key, value in row.items() if isinstance(value, int | float)}
-    return [Panel(_FILE_NAME.sub("_", key), key, "value", {key: key}, "") for key in sorted(logged - shown - UNPLOTTED)]
+    left = sorted(key for key in logged - shown - UNPLOTTED if not key.startswith(DECILE))
+    return [Panel(_FILE_NAME.sub("_", key), key, "value", {key: key}, "") for key in left]
 
 
 def describe(title: str, curves: Sequence[Curve]) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from student_trainer.report import advantage
+from student_trainer.report import advantage, deciles
 from student_trainer.report.alarms import Mark, marks_of
-from student_trainer.report.draw import png, png_of_words
+from student_trainer.report.deciles import profiles_of
+from student_trainer.report.draw import png, png_of_profiles, png_of_words
 from student_trainer.report.headline import headline
 from student_trainer.report.panels import Panel, describe, gaps, other_panels, panels
 from student_trainer.report.record import RunRecord, read_run
@@ -20,6 +21,9 @@ from student_trainer.run_folder import Row
 
 NUM_ROLLOUTS = 3
 """Rollouts shown of one step: enough to see a habit, few enough to read."""
+
+DECILES_TITLE = "Entropy by position"
+DECILES_CAPTION = "Of the student, mean over the tokens in each tenth of their completions: where it is unsure."
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ def write_report(run: Path) -> Path:
         title: [plot for panel in group if (plot := _plot(panel, record, folder, marks))]
         for title, group in (panels(record.config) | {"Other": other_panels(record)}).items()
     }
-    page = _template().render(
+    if by_position := _plot_of_deciles(record, folder):
+        groups.setdefault("Health", []).append(by_position)
+    page = template("report.html.jinja").render(
         config=record.config,
         config_text=record.config_text,
         facts=headline(record),
@@ -69,6 +75,17 @@ def first_middle_last(rollouts: Sequence[Row]) -> dict[int, list[Row]]:
     return {step: [row for row in rollouts if row["step"] == step][:NUM_ROLLOUTS] for step in chosen}
 
 
+def _plot_of_deciles(record: RunRecord, folder: Path) -> Plot | None:
+    """The entropy by position; None for a run that has not logged it."""
+    profiles = profiles_of(record.train_rows)
+    if not profiles:
+        return None
+    image = png_of_profiles(profiles)
+    (folder / "entropy_by_position.png").write_bytes(image)
+    words = " ".join(map(deciles.describe, profiles))
+    return Plot(DECILES_TITLE, DECILES_CAPTION, f"{DECILES_TITLE}, in nats. {words}", data_url(image))
+
+
 def _plot_of_words(record: RunRecord, folder: Path) -> Plot | None:
     """The words that changed most; None for a run without three steps of rollouts."""
     samples = samples_of(record.rollouts)
@@ -83,10 +100,11 @@ def _plot_of_words(record: RunRecord, folder: Path) -> Plot | None:
         "Ranked by what rose from the first steps to the last; hedges are bold. Of the sampled rollouts in "
         f"rollouts.jsonl: {sizes} words."
     )
-    return Plot("Words that changed most", caption, f"Of 1,000 words, first to last: {rose}.", _data_url(image))
+    return Plot("Words that changed most", caption, f"Of 1,000 words, first to last: {rose}.", data_url(image))
 
 
-def _data_url(image: bytes) -> str:
+def data_url(image: bytes) -> str:
+    """A PNG file as an address that needs no network."""
     return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
 
@@ -98,10 +116,11 @@ def _plot(panel: Panel, record: RunRecord, folder: Path, marks: Sequence[Mark]) 
     image = png(panel.draw, curves, panel.unit, marks)
     (folder / f"{panel.name}.png").write_bytes(image)
     caption = f"{panel.caption} {gaps(curves)}".strip()
-    return Plot(panel.title, caption, describe(panel.title, curves), _data_url(image))
+    return Plot(panel.title, caption, describe(panel.title, curves), data_url(image))
 
 
-def _template() -> Template:
+def template(name: str) -> Template:
+    """One of this folder's pages."""
     environment = Environment(
         loader=PackageLoader("student_trainer.report", "."),
         autoescape=True,
@@ -109,4 +128,4 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)

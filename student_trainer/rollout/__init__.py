@@ -1,1 +1,1 @@
-"""Who writes the completions: the student itself, in this process."""
+"""Who writes the completions: the student itself, in this process or on a server of its own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,16 +53,28 @@ class Rollout:
 
 
 class Sampler(Protocol):
-    """Writes completions with the student's current weights."""
+    """Writes completions with the student's current weights. Who implements it by name inherits `sample`."""
 
-    def sample(self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]) -> list[Rollout]:
-        """`params.num_samples` completions of each problem, grouped by problem.
+    def stream(
+        self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]
+    ) -> Iterator[dict[int, Rollout]]:
+        """`params.num_samples` completions of each problem, handed over in parts as they end.
+
+        Each has its place for a key: sample s of problem i is `i * params.num_samples + s`. Every place comes once. In
+        which order they come decides nothing about them.
 
         Args:
             seeds: one for each problem; with the weights and the sample's number in its group it determines a
                 completion, whatever else is in the batch.
         """
         ...
+
+    def sample(self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]) -> list[Rollout]:
+        """The completions of `stream`, grouped by problem."""
+        written: dict[int, Rollout] = {}
+        for ended in self.stream(problems, params, seeds=seeds):
+            written |= ended
+        return [written[place] for place in range(len(written))]
 
     def close(self) -> None:
         """Frees what the sampler opened."""

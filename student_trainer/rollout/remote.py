@@ -3,11 +3,13 @@
 The server's `Generate` gives the ids and their log-probs; the student's most likely ids come from a `Score` of the same
 texts there, one prefill that the server's prefix cache shortens, so that the trainer runs no forward of its own for a
 rollout. Both answers must carry the version that was pushed: nothing stale is used, and nobody else's weights.
+Each problem is a request of its own, so that what has ended is handed over while the rest is being written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import as_completed
 from typing import TypeVar
 
 import numpy as np
@@ -26,18 +28,17 @@ from protos.records import (
     ScoreResult,
 )
 from student_trainer.client_thread import ClientThread
-from student_trainer.rollout.base import Rollout, SamplingParams
+from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
 from student_trainer.scoring import TeacherMismatch
 from student_trainer.student import Student
 from student_trainer.tasks import Problem
 from student_trainer.text import render_prompt
 from student_trainer.weights_sync import WeightsSync
 
-Item = TypeVar("Item")
 Result = TypeVar("Result", GenerateResult, ScoreResult)
 
 
-class RemoteSampler:
+class RemoteSampler(Sampler):
     """Samples from the server at `url`, which serves the student's own architecture and takes its weights.
 
     Equal seeds give equal completions where the server's engine does (see `GenerateItem.seed`); its random streams are
@@ -45,7 +46,7 @@ class RemoteSampler:
 
     Args:
         url: as `protos.client.connect` takes it; its token needs the scopes generate, score and admin.
-        timeout_s: for one push of weights and for one batch, in seconds.
+        timeout_s: for one push of weights, and for each request of one batch, which are all sent at once; in seconds.
 
     Raises:
         TeacherMismatch: the server's tokenizer or limits do not fit the student.
@@ -68,8 +69,10 @@ class RemoteSampler:
             raise TeacherMismatch(f"rollout.url {url} does not fit this student:\n  " + "\n  ".join(problems))
         self._sync = WeightsSync(self._client, timeout_s=timeout_s)
 
-    def sample(self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]) -> list[Rollout]:
-        """See `rollout.base.Sampler`; the weights are those of now.
+    def stream(
+        self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]
+    ) -> Iterator[dict[int, Rollout]]:
+        """See `rollout.base.Sampler`; the weights are those of now, and the samples of a problem end together.
 
         Raises:
             PermissionDenied, InvalidRequest: the server does not take the student's weights.
@@ -78,49 +81,50 @@ class RemoteSampler:
         """
         self._sync.push(self._model)
         prompts = [render_prompt(self._tokenizer, problem.messages) for problem in problems]
-        items = [
-            GenerateItem(
-                prompt,
-                max_new_tokens=params.max_new_tokens,
-                temperature=params.temperature,
-                top_p=params.top_p,
-                num_samples=params.num_samples,
-                seed=seed,
-            )
-            for prompt, seed in zip(prompts, seeds, strict=True)
+        asked = [
+            self._client.start(self._written(number * params.num_samples, *one, params))
+            for number, one in enumerate(zip(problems, prompts, seeds, strict=True))
         ]
-        written = [
-            (problem, prompt, sample)
-            for problem, prompt, result in zip(problems, prompts, self._generated(items), strict=True)
-            for sample in result.samples
-        ]
-        tops = self._top_ids([(prompt, sample.token_ids) for _, prompt, sample in written], params)
-        return [_rollout(*one, top_TK) for one, top_TK in zip(written, tops, strict=True)]
+        try:
+            for written in as_completed(asked):
+                yield written.result()
+        finally:
+            for one in asked:
+                one.cancel()
 
     def close(self) -> None:
         """Closes the connection."""
         self._client.close()
 
-    def _generated(self, items: Sequence[GenerateItem]) -> list[GenerateResult]:
-        results: list[GenerateResult] = []
-        for part in self._parts(items):
-            request = GenerateRequest(part, min_weights_version=self._sync.version)
-            results += self._client.wait(self._client.teacher.generate(request, timeout_s=self._timeout_s))
-        return self._of_this_version(results)
+    async def _written(
+        self, place: int, problem: Problem, prompt: Int32, seed: int, params: SamplingParams
+    ) -> dict[int, Rollout]:
+        """One problem's rollouts, the first of which has this place."""
+        item = GenerateItem(
+            prompt,
+            max_new_tokens=params.max_new_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            num_samples=params.num_samples,
+            seed=seed,
+        )
+        request = GenerateRequest((item,), min_weights_version=self._sync.version)
+        [result] = self._of_this_version(await self._client.teacher.generate(request, timeout_s=self._timeout_s))
+        tops = await self._top_ids(prompt, result.samples, params)
+        pairs = zip(result.samples, tops, strict=True)
+        return {place + s: _rollout(problem, prompt, sample, top_TK) for s, (sample, top_TK) in enumerate(pairs)}
 
-    def _top_ids(self, texts: Sequence[tuple[Int32, Int32]], params: SamplingParams) -> list[Int32]:
-        """int32 [T, K] for each prompt and completion."""
+    async def _top_ids(self, prompt: Int32, samples: Sequence[Sample], params: SamplingParams) -> list[Int32]:
+        """int32 [T, K] for each sample."""
         if not params.top_ids:
-            return [np.empty((len(ids), 0), np.int32) for _, ids in texts]
-        results: list[ScoreResult] = []
-        for part in self._parts([ScoreItem(prompt, ids, top_k=params.top_ids) for prompt, ids in texts]):
-            request = ScoreRequest(part, min_weights_version=self._sync.version)
-            results += self._client.wait(self._client.teacher.score(request, timeout_s=self._timeout_s))
-        return [result.top_ids for result in self._of_this_version(results)]
-
-    def _parts(self, items: Sequence[Item]) -> list[tuple[Item, ...]]:
+            return [np.empty((len(sample.token_ids), 0), np.int32) for sample in samples]
         limit = self._client.info.max_items
-        return [tuple(items[start : start + limit]) for start in range(0, len(items), limit)]
+        items = [ScoreItem(prompt, sample.token_ids, top_k=params.top_ids) for sample in samples]
+        results: list[ScoreResult] = []
+        for start in range(0, len(items), limit):
+            part = ScoreRequest(tuple(items[start : start + limit]), min_weights_version=self._sync.version)
+            results += await self._client.teacher.score(part, timeout_s=self._timeout_s)
+        return [result.top_ids for result in self._of_this_version(results)]
 
     def _of_this_version(self, results: list[Result]) -> list[Result]:
         for result in results:

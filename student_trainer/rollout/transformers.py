@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from student_trainer.rollout.base import Rollout, SamplingParams
+from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
 from student_trainer.rollout.draw import draw, streams
 from student_trainer.tasks import Problem
 from student_trainer.text import render_prompt
 
+PARTS = 8
+"""In which a batch is handed over, at most: a request of its own for each of many rollouts costs more than it hides."""
 
-class TransformersSampler:
+
+class TransformersSampler(Sampler):
     """Samples from a transformers model; the model is read, never changed."""
 
     def __init__(
@@ -26,8 +29,10 @@ class TransformersSampler:
         self._eos_token_ids = eos_token_ids
 
     @torch.no_grad()
-    def sample(self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]) -> list[Rollout]:
-        """See `rollout.base.Sampler`.
+    def stream(
+        self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]
+    ) -> Iterator[dict[int, Rollout]]:
+        """See `rollout.base.Sampler`; the model is in evaluation mode until the last part is handed over.
 
         Raises:
             FloatingPointError: the model's logits are not finite.
@@ -37,22 +42,31 @@ class TransformersSampler:
         uniform_BT2 = streams(seeds, params.num_samples, params.max_new_tokens)
         was_training = self._model.training
         self._model.eval()
+        ended: dict[int, Rollout] = {}
         try:
-            ids_BT, logp_BT, top_BTK = self._decode([prompts[owner] for owner in owners], params, uniform_BT2)
+            for rows, *arrays in self._decode([prompts[owner] for owner in owners], params, uniform_BT2):
+                ended |= {
+                    row: self._rollout(problems[owners[row]], prompts[owners[row]], *of_row)
+                    for row, *of_row in zip(rows.tolist(), *(array.numpy() for array in arrays), strict=True)
+                }
+                if len(ended) * PARTS >= len(owners):
+                    yield ended
+                    ended = {}
+            if ended:
+                yield ended
         finally:
             self._model.train(was_training)
-        return [
-            self._rollout(problems[owner], prompts[owner], ids, logp, top)
-            for owner, ids, logp, top in zip(owners, ids_BT.numpy(), logp_BT.numpy(), top_BTK.numpy(), strict=True)
-        ]
 
     def close(self) -> None:
         """Nothing to free."""
 
     def _decode(
         self, prompts: Sequence[np.ndarray], params: SamplingParams, uniform_BT2: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids, log-probs and top ids of every row, on the CPU; a row that has ended holds -1."""
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Rows that have ended at the same token, and their ids, log-probs and top ids, on the CPU.
+
+        A row leaves the batch with its last token, and its keys and values leave the cache.
+        """
         device = self._model.device
         input_ids, mask = left_pad(prompts, self._eos_token_ids[0])
         input_ids, mask, uniform_BT2 = input_ids.to(device), mask.to(device), uniform_BT2.to(device)
@@ -60,8 +74,10 @@ class TransformersSampler:
         position = mask.sum(-1, keepdim=True) - 1
         position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
         cache = DynamicCache(config=self._model.config)
-        is_running = torch.ones(len(prompts), dtype=torch.bool, device=device)
-        columns: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        rows = torch.arange(len(prompts), device=device)
+        ids_BT = torch.empty((len(prompts), params.max_new_tokens), dtype=torch.int64, device=device)
+        logp_BT = torch.empty(ids_BT.shape, device=device)
+        top_BTK = torch.empty((*ids_BT.shape, params.top_ids), dtype=torch.int64, device=device)
         for t in range(params.max_new_tokens):
             logits_BV = (
                 self._model(
@@ -76,37 +92,36 @@ class TransformersSampler:
                 .float()
             )
             logp_BV = (logits_BV / (params.temperature or 1.0)).log_softmax(-1)
-            token_B = draw(logp_BV, params, uniform_BT2[:, t])
-            columns.append(
-                (
-                    token_B.masked_fill(~is_running, -1).cpu(),
-                    logp_BV.gather(-1, token_B[:, None])[:, 0].cpu(),
-                    logp_BV.topk(params.top_ids, -1).indices.cpu(),
-                )
-            )
-            is_running &= ~torch.isin(token_B, eos)
-            if not is_running.any():
-                break
+            token_B = draw(logp_BV, params, uniform_BT2[rows, t])
+            ids_BT[rows, t] = token_B
+            logp_BT[rows, t] = logp_BV.gather(-1, token_B[:, None])[:, 0]
+            top_BTK[rows, t] = logp_BV.topk(params.top_ids, -1).indices
+            runs_B = ~torch.isin(token_B, eos)
+            if t + 1 == params.max_new_tokens:
+                runs_B.fill_(False)
+            if not runs_B.all():
+                ended = rows[~runs_B]
+                if not logp_BT[ended, : t + 1].isfinite().all():
+                    raise FloatingPointError("the student's logits are not finite, so nothing can be sampled from them")
+                yield (ended.cpu(), *(array[ended, : t + 1].cpu() for array in (ids_BT, logp_BT, top_BTK)))
+                cache.batch_select_indices(runs_B)
+                rows, token_B, position, mask = (x[runs_B] for x in (rows, token_B, position, mask))
+                if not len(rows):
+                    return
             position = position + 1
-            input_ids, position_ids = token_B[:, None], position
             mask = torch.cat([mask, torch.ones_like(position)], -1)
-        ids, logps, tops = zip(*columns, strict=True)
-        logp_BT = torch.stack(logps, 1)
-        if not logp_BT.isfinite().all():
-            raise FloatingPointError("the student's logits are not finite, so nothing can be sampled from them")
-        return torch.stack(ids, 1), logp_BT, torch.stack(tops, 1)
+            input_ids, position_ids = token_B[:, None], position
 
     def _rollout(
         self, problem: Problem, prompt_ids: np.ndarray, ids_T: np.ndarray, logp_T: np.ndarray, top_TK: np.ndarray
     ) -> Rollout:
-        num_tokens = int((ids_T >= 0).sum())
-        completion_ids = ids_T[:num_tokens].astype(np.int32)
+        completion_ids = ids_T.astype(np.int32)
         return Rollout(
             problem=problem,
             prompt_ids=prompt_ids,
             completion_ids=completion_ids,
-            logprobs=logp_T[:num_tokens].astype(np.float32),
-            top_ids=top_TK[:num_tokens].astype(np.int32),
+            logprobs=logp_T,
+            top_ids=top_TK.astype(np.int32),
             is_finished=int(completion_ids[-1]) in self._eos_token_ids,
             text=str(self._tokenizer.decode(completion_ids, skip_special_tokens=True)),
         )

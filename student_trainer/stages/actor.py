@@ -12,7 +12,7 @@ import torch
 
 from student_trainer.collate import Batch, collate
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
-from student_trainer.seeds import pick, rollout_seeds
+from student_trainer.seeds import further_seed, pick_at, places_of, seeds_at
 from student_trainer.stages.base import Metrics
 from student_trainer.tasks import Task
 
@@ -34,6 +34,16 @@ class Experience:
     reward_B: torch.Tensor
     learnt_B: torch.Tensor
     metrics: Metrics
+
+    def joined(self, later: Experience) -> Experience:
+        """Both, `later` behind this one; the metrics, all of them sums, are added."""
+        return Experience(
+            [*self.rollouts, *later.rollouts],
+            [*self.rewards, *later.rewards],
+            torch.cat([self.reward_B, later.reward_B]),
+            torch.cat([self.learnt_B, later.learnt_B]),
+            {name: value + later.metrics[name] for name, value in self.metrics.items()},
+        )
 
 
 class Actor:
@@ -62,10 +72,16 @@ class Actor:
 
     def act(self, step: int) -> Experience:
         """Step s's rollouts and rewards."""
-        problems = pick(self._task.train, self._problems_per_step, step, self._seed)
+        return self._act(places_of(step, self._problems_per_step), self._seed)
+
+    def act_further(self, step: int, places: Sequence[int]) -> Experience:
+        """The same of further problems, at those places of a stream that is step s's own."""
+        return self._act(places, further_seed(self._seed, step))
+
+    def _act(self, places: Sequence[int], seed: int) -> Experience:
+        problems = pick_at(self._task.train, places, seed)
         started = time.perf_counter()
-        seeds = rollout_seeds(self._seed, step, self._problems_per_step)
-        rollouts = self._sampler.sample(problems, self._sampling, seeds=seeds)
+        rollouts = self._sampler.sample(problems, self._sampling, seeds=seeds_at(places, seed))
         sampled = time.perf_counter()
         rewards = [self._task.reward(rollout.problem, rollout.text) for rollout in rollouts]
         finished_B = torch.tensor([rollout.is_finished for rollout in rollouts])

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from protos.credentials import Tls
+from student_trainer import distributed
 from student_trainer.config import (
     GrpoStage,
     OpdStage,
@@ -17,9 +18,10 @@ from student_trainer.config import (
     SftStage,
     TrainConfig,
 )
-from student_trainer.privileged import privileged_of, refusals
+from student_trainer.privileged import num_context_tokens, privileged_of, refusals
 from student_trainer.rollout.base import Sampler, SamplingParams
 from student_trainer.rollout.remote import RemoteSampler
+from student_trainer.rollout.teacher import TeacherSampler
 from student_trainer.rollout.transformers import TransformersSampler
 from student_trainer.scoring import Scorer
 from student_trainer.sequence_logp import sequence_logp
@@ -29,6 +31,7 @@ from student_trainer.stages.critic import Critic
 from student_trainer.stages.grpo import Grpo
 from student_trainer.stages.objective import Objective
 from student_trainer.stages.opd import FullVocabulary, Opd
+from student_trainer.stages.opsd import DEFAULT_DECAY, Opsd, RunningMean
 from student_trainer.stages.ppo import Ppo
 from student_trainer.stages.sft import Sft
 from student_trainer.stages.surrogate import Reference, Surrogate
@@ -36,10 +39,14 @@ from student_trainer.student import Student, load_backbone, load_student
 from student_trainer.tasks import Task
 from student_trainer.teacher_identity import TEACHER_FILE, TeacherIdentity, TeacherMismatch
 from student_trainer.text import render_prompt
+from student_trainer.traces import teacher_traces
 
 
-def build_stage(config: TrainConfig, student: Student, task: Task) -> Stage:
-    """The stage that `config` describes; one that has a teacher has shaken hands with it.
+def build_stage(config: TrainConfig, student: Student, task: Task, *, quiet: bool = False) -> Stage:
+    """The stage that `config` describes; one that has a teacher has shaken hands with it, or has its traces.
+
+    Args:
+        quiet: whether nothing is said of how far the teacher's traces are.
 
     Raises:
         TeacherMismatch: the teacher cannot score this student.
@@ -47,7 +54,17 @@ def build_stage(config: TrainConfig, student: Student, task: Task) -> Stage:
     """
     match config.stage:
         case SftStage():
-            return Sft(student, task.train, problems_per_step=config.problems_per_step, seed=config.seed)
+            traces = config.stage.traces
+            problems = task.train
+            if traces:
+                problems = distributed.by_main(lambda: teacher_traces(config, traces, task, quiet=quiet))
+            return Sft(
+                student,
+                problems,
+                problems_per_step=config.problems_per_step,
+                seed=config.seed,
+                packing=config.stage.packing,
+            )
         case OpdStage() | OpsdStage():
             return _build_opd(config, config.stage, student, task)
         case GrpoStage():
@@ -64,34 +81,37 @@ def build_stage(config: TrainConfig, student: Student, task: Task) -> Stage:
             return Ppo(stage, _build_actor(config, stage, student, task), surrogate, critic, reference)
 
 
-def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Student, task: Task) -> Opd:
+def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Student, task: Task) -> Opd | Opsd:
     assert config.teacher is not None
     rollout = config.rollout
     objective = Objective(stage.loss, student.vocab_size, rollout.temperature, eos_token_ids=student.eos_token_ids)
     full = FullVocabulary(config.watch.full_vocabulary_every, config.watch.full_vocabulary_rollouts, student.vocab_size)
     told = privileged_of(config.privileged) if config.privileged else None
+    longest_prompt = longest_context = _longest_prompt(student, task)
     if told is not None:
-        for problem in task.train:  # a problem without what the teacher is to be told is found now, not at its step
-            told(problem)
-    longest_prompt = _longest_prompt(student, task)
+        # A problem without what the teacher is to be told is found now, too, not at its step.
+        longest_context = max(num_context_tokens(student.tokenizer, problem, told(problem)) for problem in task.train)
     scorer = Scorer(
         config.teacher.url,
         temperature=rollout.temperature,
         timeout_s=config.teacher.timeout_s,
         max_wait_s=config.teacher.max_wait_s,
         tls=Tls(ca=config.teacher.ca) if config.teacher.ca else None,
+        name=config.teacher.name,
         privileged=told,
     )
     try:
         scorer.handshake(
             student.fingerprint,
             replace(objective.wanted, teacher_top_k=student.vocab_size) if full.every_steps else objective.wanted,
-            longest_prompt + rollout.max_new_tokens,
+            longest_context + rollout.max_new_tokens,
             tokenizer=student.tokenizer,
         )
         if config.privileged and (reasons := refusals(config.privileged, scorer.info)):
             raise TeacherMismatch(f"teacher {config.teacher.url}: " + "; ".join(reasons))
-        TeacherIdentity.of(scorer.info).hold(Path(config.run) / TEACHER_FILE)
+        identity = TeacherIdentity.of(scorer.info)
+        is_sent = isinstance(stage, OpsdStage) and stage.teacher != "frozen"
+        (replace(identity, weights_version=None) if is_sent else identity).hold(Path(config.run) / TEACHER_FILE)
     except BaseException:
         scorer.close()
         raise
@@ -107,7 +127,7 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
     except BaseException:
         scorer.close()
         raise
-    return Opd(
+    opd = Opd(
         task,
         sampler,
         sampling,
@@ -119,6 +139,8 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
         num_steps=config.steps,
         checkpoint_every=config.checkpoint.every_steps,
         max_staleness=rollout.max_staleness,
+        teacher_sampler=TeacherSampler(scorer, student, micro_batch_size=config.optim.micro_batch_size),
+        teacher_written=stage.teacher_written,
         current_logp=partial(
             sequence_logp,
             student.model,
@@ -126,6 +148,10 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
             micro_batch_size=config.optim.micro_batch_size,
         ),
     )
+    if not isinstance(stage, OpsdStage) or stage.teacher == "frozen":
+        return opd
+    mean = RunningMean(stage.ema_decay or DEFAULT_DECAY) if stage.teacher == "ema" else None
+    return Opsd(opd, scorer, student.model, mean)
 
 
 def build_sampler(config: RolloutConfig, student: Student, longest_prompt: int) -> Sampler:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +14,19 @@ from student_trainer.config import OptimConfig
 from student_trainer.losses import token_mean
 from student_trainer.losses.policy import clipped_value_loss
 from student_trainer.optim import build_optimizer
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the critic's updates of one step came to.
+
+    Attributes:
+        loss: their mean, in squared rewards; not finite where that of one was not.
+        num_skipped: how many changed nothing, because their loss or gradient was not finite.
+    """
+
+    loss: float
+    num_skipped: int
 
 
 class Critic:
@@ -41,14 +56,14 @@ class Critic:
         """The expected reward from each token's state on, before the token is known: float32 [B, T], NaN at padding."""
         return per_token(self._value, batch, self._micro_batch_size, self._device)
 
-    def fit(self, batch: Batch, *, num_minibatches: int, num_epochs: int) -> float:
-        """Steps towards the batch's `return_BT`, as many updates as the student's; returns their mean loss.
+    def fit(self, batch: Batch, *, num_minibatches: int, num_epochs: int) -> Fit:
+        """Steps towards the batch's `return_BT`, as many updates as the student's.
 
-        Raises:
-            FloatingPointError: the loss or the gradient is not finite.
+        An update whose loss or gradient is not finite is skipped: weights and optimiser stay as they were.
         """
-        total, num_updates = 0.0, 0
+        total, num_updates, num_skipped = 0.0, 0, 0
         for update in batch.updates(num_minibatches, num_epochs):
+            update_loss = 0.0
             for micro in (part.to(self._device) for part in update.split(self._micro_batch_size)):
                 assert micro.old_value_BT is not None
                 assert micro.return_BT is not None
@@ -57,14 +72,16 @@ class Critic:
                 )
                 loss = token_mean(loss_BT, micro.mask_BT, update.num_tokens)
                 loss.backward()
-                total += loss.item()
-            norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_grad_norm)
-            if not norm.isfinite():
-                raise FloatingPointError(f"the gradient norm of the critic is {float(norm)}, and must be finite")
-            self._optimizer.step()
+                update_loss += loss.item()
+            norm = float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_grad_norm))
+            if math.isfinite(update_loss) and math.isfinite(norm):
+                self._optimizer.step()
+            else:
+                num_skipped += 1
             self._optimizer.zero_grad(set_to_none=True)
+            total += update_loss
             num_updates += 1
-        return total / num_updates
+        return Fit(total / num_updates, num_skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and optimiser."""

@@ -1,16 +1,17 @@
 """On-policy distillation: the student writes, a teacher scores every token, the student moves towards it.
 
-Agarwal et al. 2024, "On-Policy Distillation of Language Models" (GKD), arXiv:2306.13649, with the student's own
-rollouts alone; the rollout itself is not differentiated through.
+Agarwal et al. 2024, "On-Policy Distillation of Language Models" (GKD), arXiv:2306.13649, algorithm 1; the rollout
+itself is not differentiated through. Where the teacher writes a share of the data, who writes is drawn once a step, as
+there: a step's monitors are of one writer's texts, and those of the student's are never mixed with another's.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 import torch
 
 from protos.records import ScoreResult
@@ -19,52 +20,17 @@ from student_trainer.collate import Batch, collate
 from student_trainer.pipeline import Pipeline
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
 from student_trainer.scoring import Scorer, Wanted
-from student_trainer.seeds import pick, rollout_seeds
+from student_trainer.seeds import WRITERS, derive_seed, pick, rollout_seeds
 from student_trainer.stages.base import Collected, Metrics
 from student_trainer.stages.objective import Objective
+from student_trainer.stages.written import Scoring
 from student_trainer.tasks import Task
+
+BY_TEACHER = "teacher_written/"
+"""Before the name of every monitor of a text that the teacher wrote."""
 
 MAX_WEIGHT = 2.0
 """Of a stale token: no token counts more than twice, whatever the weights' moves since multiply up to."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """One step's rollouts and scores; seconds of writing, of scoring, and of waiting for the scores."""
-
-    rollouts: Sequence[Rollout]
-    results: Sequence[ScoreResult]
-    rollout_s: float
-    score_s: float
-    waited_s: float
-
-
-class _Scoring:
-    """Rollouts whose scores are on their way since `started` (of `time.perf_counter`)."""
-
-    def __init__(
-        self, rollouts: Sequence[Rollout], rollout_s: float, scores: Future[list[ScoreResult]], started: float
-    ) -> None:
-        self._rollouts = rollouts
-        self._rollout_s = rollout_s
-        self._scores = scores
-        self._started = self._ended = started
-        scores.add_done_callback(self._note_end)
-
-    def result(self) -> Written:
-        """Waits for the scores; raises what scoring raised."""
-        asked = time.perf_counter()
-        results = self._scores.result()
-        got = time.perf_counter()
-        score_s = max(self._ended, self._started) - self._started or got - self._started
-        return Written(self._rollouts, results, self._rollout_s, score_s, got - asked)
-
-    def cancel(self) -> None:
-        """Gives the scores up."""
-        self._scores.cancel()
-
-    def _note_end(self, _: object) -> None:
-        self._ended = time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -80,6 +46,8 @@ class Opd:
     """Rollouts of the student, scored by whatever teacher `scorer` reaches.
 
     Args:
+        teacher_sampler: writes with the teacher's weights; needed where it writes a share.
+        teacher_written: the chance a step that it does.
         current_logp: how likely the student of now finds each completion token, [B, T] in nats; needed where rollouts
             may be stale.
     """
@@ -98,6 +66,8 @@ class Opd:
         num_steps: int,
         checkpoint_every: int,
         max_staleness: int = 0,
+        teacher_sampler: Sampler | None = None,
+        teacher_written: float = 0.0,
         current_logp: Callable[[Batch], torch.Tensor] | None = None,
     ) -> None:
         self._task = task
@@ -108,20 +78,27 @@ class Opd:
         self._full_vocabulary = full_vocabulary
         self._problems_per_step = problems_per_step
         self._seed = seed
+        self._teacher_sampler = teacher_sampler
+        self._teacher_written = teacher_written
         self._current_logp = current_logp
         self._pipeline = Pipeline(
             self._begin, max_staleness=max_staleness, num_steps=num_steps, checkpoint_every=checkpoint_every
         )
 
     def collect(self, step: int) -> Collected:
-        """Step s's rollouts and the teacher's scores of them."""
+        """Step s's rollouts, or what the teacher wrote in their place, and the teacher's scores of them."""
         written, staleness = self._pipeline.collect(step)
-        batch = collate_scored(written.rollouts, written.results)
+        by_teacher = is_by_teacher(step, self._teacher_written, self._seed)
+        batch = collate_scored(written.rollouts, written.results, by_student=not by_teacher)
         metrics = {"rollout_s": written.rollout_s, "score_s": written.waited_s, "staleness": float(staleness)}
         metrics["scored_tokens_per_s"] = batch.num_tokens / written.score_s
-        full = self._scored_in_full(written.rollouts, step)
         if waited_s := self._scorer.take_waited_s():
             metrics["teacher_wait_s"] = waited_s
+        if self._teacher_written > 0:
+            metrics["teacher_written"] = float(by_teacher)
+        if by_teacher:
+            return Collected(batch, metrics=metrics)
+        full = self._scored_in_full(written.rollouts, step)
         return Collected(
             self._weighted(batch, staleness),
             written.rollouts,
@@ -136,8 +113,12 @@ class Opd:
         return loss_BT if batch.weight_BT is None else batch.weight_BT * loss_BT
 
     def watch(self, logits_BTV: torch.Tensor, batch: Batch) -> Metrics:
-        """See `Objective.watch`."""
-        return self._objective.watch(logits_BTV, batch)
+        """See `Objective.watch`; by other names where the teacher wrote, whose tokens estimate KL(q || p) instead."""
+        metrics = self._objective.watch(logits_BTV, batch)
+        if batch.sampled_logp_BT is not None:
+            return metrics
+        metrics["forward_kl"] = -metrics.pop("reverse_kl")
+        return {BY_TEACHER + name: value for name, value in metrics.items()}
 
     def close(self) -> None:
         """Closes the connections to the teacher and to a remote sampler."""
@@ -146,22 +127,25 @@ class Opd:
         self._sampler.close()
 
     def _weighted(self, batch: Batch, staleness: int) -> Batch:
-        """`batch` with its weights; what the weights of now have written has none."""
-        if staleness == 0:
+        """`batch` with its weights; what the weights of now have written has none, nor what the teacher has."""
+        if staleness == 0 or batch.sampled_logp_BT is None:
             return batch
         assert self._current_logp is not None
-        assert batch.sampled_logp_BT is not None
         weight_BT = prefix_weights(self._current_logp(batch), batch.sampled_logp_BT, batch.mask_BT)
         return replace(batch, weight_BT=weight_BT)
 
-    def _begin(self, step: int) -> _Scoring:
-        """Writes step s's rollouts with the weights of now, and has them scored while the caller goes on."""
+    def _begin(self, step: int) -> Scoring:
+        """Writes step s's rollouts with the weights of now, or the teacher's; they are scored as each ends."""
         problems = pick(self._task.train, self._problems_per_step, step, self._seed)
-        started = time.perf_counter()
         seeds = rollout_seeds(self._seed, step, self._problems_per_step)
-        rollouts = self._sampler.sample(problems, self._sampling, seeds=seeds)
-        sampled = time.perf_counter()
-        return _Scoring(rollouts, sampled - started, self._scorer.start(rollouts, self._objective.wanted), sampled)
+        sampler = self._sampler
+        if is_by_teacher(step, self._teacher_written, self._seed):
+            assert self._teacher_sampler is not None
+            sampler = self._teacher_sampler
+        return Scoring(
+            sampler.stream(problems, self._sampling, seeds=seeds),
+            partial(self._scorer.start, wanted=self._objective.wanted),
+        )
 
     def _scored_in_full(self, rollouts: Sequence[Rollout], step: int) -> Batch | None:
         full = self._full_vocabulary
@@ -170,6 +154,11 @@ class Opd:
         first = rollouts[: full.num_rollouts]
         wanted = Wanted(teacher_top_k=full.vocab_size)
         return collate_scored(first, self._scorer.score(first, wanted))
+
+
+def is_by_teacher(step: int, share: float, seed: int) -> bool:
+    """Whether the teacher writes step s: with the chance `share`, drawn anew each step."""
+    return bool(np.random.default_rng(derive_seed(seed, WRITERS, step)).random() < share)
 
 
 def prefix_weights(logp_BT: torch.Tensor, behaviour_logp_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
@@ -187,13 +176,17 @@ def prefix_weights(logp_BT: torch.Tensor, behaviour_logp_BT: torch.Tensor, mask_
     return torch.where(mask_BT, before_BT.exp().clamp_max(MAX_WEIGHT), 1.0)
 
 
-def collate_scored(rollouts: Sequence[Rollout], results: Sequence[ScoreResult]) -> Batch:
-    """One batch of B rollouts and their scores, in the same order."""
+def collate_scored(rollouts: Sequence[Rollout], results: Sequence[ScoreResult], *, by_student: bool = True) -> Batch:
+    """One batch of B rollouts and their scores, in the same order.
+
+    Args:
+        by_student: whether their log-probs are those with which the student sampled them.
+    """
     entropies = [result.entropy for result in results if result.entropy is not None]
     return collate(
         [rollout.prompt_ids for rollout in rollouts],
         [rollout.completion_ids for rollout in rollouts],
-        sampled_logp_BT=[rollout.logprobs for rollout in rollouts],
+        sampled_logp_BT=[rollout.logprobs for rollout in rollouts] if by_student else None,
         student_top_BTK=[rollout.top_ids for rollout in rollouts],
         teacher_logp_BT=[result.sampled_logprobs for result in results],
         teacher_top_BTK=[result.top_ids for result in results],

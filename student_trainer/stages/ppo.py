@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from student_trainer.alarms import SKIPPED
 from student_trainer.collate import Batch
 from student_trainer.config import PpoStage
 from student_trainer.losses.policy import gae, whiten
@@ -48,11 +49,16 @@ class Ppo:
         reward_BT = token_rewards(batch, experience.reward_B[experience.learnt_B], config.kl_coefficient)
         advantage_BT = gae(reward_BT, value_BT, batch.mask_BT, gamma=config.gamma, gae_lambda=config.gae_lambda)
         target = dataclasses.replace(batch, old_value_BT=value_BT, return_BT=advantage_BT + value_BT)
-        loss = self._critic.fit(target, num_minibatches=config.num_minibatches, num_epochs=config.num_epochs)
+        fit = self._critic.fit(target, num_minibatches=config.num_minibatches, num_epochs=config.num_epochs)
         return Collected(
             dataclasses.replace(batch, advantage_BT=whiten(advantage_BT, batch.mask_BT)),
             experience.rollouts,
-            metrics | {"value_loss": loss, "value_mean": float(value_BT[batch.mask_BT].mean())},
+            metrics
+            | {
+                "value_loss": fit.loss,
+                "value_mean": float(value_BT[batch.mask_BT].mean()),
+                SKIPPED: fit.num_skipped,
+            },
             num_minibatches=config.num_minibatches,
             num_epochs=config.num_epochs,
             rewards=experience.rewards,

@@ -9,6 +9,7 @@ import torch
 
 from protos.records import Int32
 from student_trainer.collate import Batch, collate
+from student_trainer.lm_head import check_packing
 from student_trainer.losses import log_probs
 from student_trainer.seeds import pick
 from student_trainer.stages.base import Collected, Metrics
@@ -20,14 +21,28 @@ from student_trainer.text import render_prompt
 class Sft:
     """Negative log-likelihood of each reference and the id that ends an assistant's turn.
 
+    Args:
+        packing: see `SftStage.packing`.
+
     Raises:
-        ValueError: a problem has no reference.
+        ValueError: a problem has no reference, or the model cannot keep packed texts apart.
     """
 
-    def __init__(self, student: Student, problems: Sequence[Problem], *, problems_per_step: int, seed: int) -> None:
+    def __init__(
+        self,
+        student: Student,
+        problems: Sequence[Problem],
+        *,
+        problems_per_step: int,
+        seed: int,
+        packing: bool = False,
+    ) -> None:
         without = next((problem.id for problem in problems if problem.reference is None), None)
         if without is not None:
             raise ValueError(f"problem {without} has no reference, and sft learns from references")
+        if packing:
+            check_packing(student.model)
+        self._packing = packing
         self._student = student
         self._problems = problems
         self._problems_per_step = problems_per_step
@@ -37,7 +52,8 @@ class Sft:
         """The references of step s's problems."""
         problems = pick(self._problems, self._problems_per_step, step, self._seed)
         prompts = [render_prompt(self._student.tokenizer, problem.messages) for problem in problems]
-        return Collected(collate(prompts, [self._reference_ids(problem) for problem in problems]))
+        batch = collate(prompts, [self._reference_ids(problem) for problem in problems])
+        return Collected(batch.packed() if self._packing else batch)
 
     def loss(self, logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
         """-log p of each completion token, in nats."""

@@ -133,7 +133,8 @@ def full_row(num_steps: int, data: Metrics, watched: Metrics, learnt: Row, last_
     """A step's line in metrics.jsonl, with what follows from two of its figures or from the line before."""
     row = {"step": num_steps, **data, **watched, **learnt}
     row["watch_s"] = watched["watch_s"] + learnt["watch_s"]
-    row[SKIPPED] = last_row.get(SKIPPED, 0) + learnt[SKIPPED]
+    # Of the student, and of a critic that learnt before it did.
+    row[SKIPPED] = last_row.get(SKIPPED, 0) + learnt[SKIPPED] + data.get(SKIPPED, 0)
     if "bias_norm" in row:
         row["bias_ratio"] = monitor.bias_ratio(row["bias_norm"], row["pull_norm"])
     return row

@@ -67,10 +67,16 @@ def test_a_teacher_that_does_not_fit_is_let_go(
             "steps": 1,
             "model": {"path": str(model)},
             "task": {"kind": "toy", "train_size": 20, "held_out_size": 10},
-            "stage": {"kind": "opd"},
+            # The longest prompt is <bos>, five digits, four signs and the colon: 11. With 61 tokens of a system message
+            # and 200 to write it is 272; without what the teacher is told it would have fitted.
+            "stage": {"kind": "opd", "privileged": {"kind": "system", "text": "R" * 60}},
+            "rollout": {"max_new_tokens": 200},
             "teacher": {"url": transformers_server.url("grpc")},
         }
     )
-    with pytest.raises(TeacherMismatch, match="vocabularies"):
+    with pytest.raises(TeacherMismatch, match="vocabularies") as caught:
         build_stage(config, load_student(config.model), build_task(config.task))
+    assert "privileged information and completion tokens: 272 needed, the teacher takes at most 256" in str(
+        caught.value
+    )
     assert not client_threads()

@@ -6,22 +6,30 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from protos.client import connect
+from protos.records import ScoreItem
 from student_trainer.config.recipe import load_plan
 from student_trainer.loop import train
 from student_trainer.recipe import StageFailed, run_plan
 from student_trainer.run_folder import read_rows
-from student_trainer.study.toy import build_toy_model
+from student_trainer.study.toy import VOCABULARY, build_toy_model
 from tests.server_process import ANY_PORTS, ServerProcess
 
 pytestmark = pytest.mark.slow
 
 TOKEN = "may-change-weights"
+END = {"system": "\n", "user": ":"}
+"""What the toy's chat template puts after each message."""
 
 RECIPE = """
 run = "{folder}/runs"
@@ -42,7 +50,7 @@ every_steps = 2
 [[stages]]
 name = "first"
 steps = 2
-model = {{ path = "{folder}/model" }}
+model = {{ path = "{model}" }}
 stage = {{ kind = "sft" }}
 [[stages]]
 name = "second"
@@ -57,16 +65,66 @@ teacher = {{ url = "{url}", from = "second" }}
 stage = {{ kind = "opd" }}
 """
 
+RLVR = """
+run = "{folder}/runs"
+problems_per_step = 4
+[task]
+kind = "toy"
+min_terms = 2
+max_terms = 2
+max_operand = 4
+train_size = 10
+held_out_size = 2
+rules = ["terse"]
+rule_rate = 1.0
+[rollout]
+max_new_tokens = 4
+[optim]
+lr = 1e-2
+warmup_steps = 0
+[eval]
+num_problems = 2
+[checkpoint]
+every_steps = 2
+[[stages]]
+name = "sft"
+steps = 20
+model = {{ path = "{model}" }}
+stage = {{ kind = "sft" }}
+[[stages]]
+name = "rlvr"
+steps = 5
+model = {{ from = "sft" }}
+stage = {{ kind = "grpo" }}
+rollout = {{ url = "{url}", samples_per_problem = 4 }}
+[[stages]]
+name = "opd"
+steps = 2
+model = {{ from = "sft" }}
+teacher = {{ url = "{url}", from = "rlvr" }}
+stage = {{ kind = "opd" }}
+"""
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return build_toy_model(tmp_path_factory.mktemp("recipe") / "model", hidden_size=32, num_layers=1)
 
 
-def write_recipe(model: Path, url: str) -> Path:
-    path = model.parent / "recipe.toml"
-    path.write_text(RECIPE.format(folder=model.parent, url=url))
+def write_recipe(recipe: str, model: Path, folder: Path, url: str) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(recipe.format(model=model, folder=folder, url=url))
     return path
+
+
+@contextmanager
+def serving(model: Path, folder: Path) -> Iterator[str]:
+    """The URL of a server process whose weights TOKEN may change."""
+    tokens = folder / "tokens.toml"
+    digest = hashlib.sha256(TOKEN.encode()).hexdigest()
+    tokens.write_text(f'[trainer]\nsha256 = "{digest}"\nscopes = ["score", "generate", "admin"]\n')
+    with ServerProcess(model, folder, "--engine", "transformers", "--tokens", str(tokens), *ANY_PORTS) as server:
+        yield server.ready["grpc_url"]
 
 
 def kill_after(recipe: Path, metrics: Path, step: int) -> None:
@@ -82,6 +140,18 @@ def kill_after(recipe: Path, metrics: Path, step: int) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+def logp_of(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    return logits_TV.log_softmax(-1)[range(len(completion)), completion].numpy()
+
+
+async def score(url: str, prompt: list[int], completion: list[int]) -> np.ndarray:
+    async with connect(url) as teacher:
+        [result] = await teacher.score([ScoreItem(np.array(prompt, np.int32), np.array(completion, np.int32))])
+    return result.sampled_logprobs
+
+
 async def served_version(url: str) -> int:
     async with connect(url) as teacher:
         return (await teacher.info()).weights_version
@@ -89,11 +159,8 @@ async def served_version(url: str) -> int:
 
 def test_a_killed_recipe_goes_on_where_it_was_and_reloads_its_teacher(tmp_path, model, monkeypatch):
     monkeypatch.setenv("TEACHER_TOKEN", TOKEN)
-    tokens = tmp_path / "tokens.toml"
-    digest = hashlib.sha256(TOKEN.encode()).hexdigest()
-    tokens.write_text(f'[trainer]\nsha256 = "{digest}"\nscopes = ["score", "admin"]\n')
-    with ServerProcess(model, tmp_path, "--engine", "transformers", "--tokens", str(tokens), *ANY_PORTS) as server:
-        recipe = write_recipe(model, server.ready["grpc_url"])
+    with serving(model, tmp_path) as url:
+        recipe = write_recipe(RECIPE, model, tmp_path, url)
         first, second, third = (stage.config for stage in load_plan(recipe))
         kill_after(recipe, Path(second.run) / "metrics.jsonl", 3)
         Path(third.run).mkdir()
@@ -109,15 +176,45 @@ def test_a_killed_recipe_goes_on_where_it_was_and_reloads_its_teacher(tmp_path, 
         rows = read_rows(Path(third.run) / "metrics.jsonl")
         assert abs(rows[1]["reverse_kl"]) < 1e-5
         assert ends == [last for _, last in run_plan(load_plan(recipe), quiet=True)]
-        assert asyncio.run(served_version(server.ready["grpc_url"])) == 1
+        assert asyncio.run(served_version(url)) == 1
     unbroken = train(second.model_copy(update={"run": str(tmp_path / "unbroken")}), quiet=True)
     weights, expected = (load_file(folder / "model.safetensors") for folder in (ends[1], unbroken))
     assert all(weights[name].equal(tensor) for name, tensor in expected.items())
 
 
+def test_a_reinforced_teacher_teaches(tmp_path, model, monkeypatch):
+    """SFT, GRPO of the teacher, OPD by it: the server writes for the second run and scores for the third.
+
+    Killed in the second, which goes on to the weights of an unbroken one.
+    """
+    monkeypatch.setenv("TEACHER_TOKEN", TOKEN)
+    with serving(model, tmp_path) as url:
+        recipe = write_recipe(RLVR, model, tmp_path, url)
+        _, rlvr, opd = load_plan(recipe)
+        kill_after(recipe, Path(rlvr.config.run) / "metrics.jsonl", 3)
+        base, reinforced, _ = (last for _, last in run_plan(load_plan(recipe), quiet=True))
+        before, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, reinforced))
+        rows = [row for row in read_rows(Path(opd.config.run) / "rollouts.jsonl") if row["step"] == 1]
+        assert len(rows) == 4
+        for row in rows:
+            prompt = [1, *map(VOCABULARY.index, "".join(m["content"] + END[m["role"]] for m in row["prompt"]))]
+            ids = [VOCABULARY.index(token) for token in row["tokens"]]
+            student_T, teacher_T, served_T = (
+                logp_of(before, prompt, ids),
+                logp_of(teacher, prompt, ids),
+                asyncio.run(score(url, prompt, ids)),
+            )
+            # What the run was taught by, to the log's four decimals; and what the server serves now.
+            np.testing.assert_allclose(row["teacher_advantage"], teacher_T - student_T, atol=1e-4)
+            np.testing.assert_allclose(served_T, teacher_T, atol=1e-5)
+            # The reinforcement was no empty one, so that no other weights would have passed.
+            assert np.abs(teacher_T - student_T).max() > 1e-2
+        unbroken = train(rlvr.config.model_copy(update={"run": str(tmp_path / "unbroken")}), quiet=True)
+    expected = load_file(unbroken / "model.safetensors")
+    assert all(tensor.equal(expected[name]) for name, tensor in load_file(reinforced / "model.safetensors").items())
+
+
 def test_a_stage_that_fails_is_named(tmp_path, model):
-    recipe = tmp_path / "recipe.toml"
-    text = RECIPE.format(folder=model.parent, url="grpc://127.0.0.1:9")
-    recipe.write_text(text.replace(f"{model.parent}/runs", f"{tmp_path}/runs"))
+    recipe = write_recipe(RECIPE, model, tmp_path, "grpc://127.0.0.1:9")
     with pytest.raises(StageFailed, match=r"^stage third: .*127\.0\.0\.1:9"):
         list(run_plan(load_plan(recipe, ["stages.second.steps=1"]), quiet=True))

@@ -117,11 +117,16 @@ def test_equal_seeds_equal_rollouts_grouped_by_problem(monkeypatch, model, url, 
     sampler = sampler_of(url, model)
     try:
         first, again = (sampler.sample(problems, PARAMS, seeds=[1, 2, 3, 4]) for _ in range(2))
+        parts = list(sampler.stream(problems, PARAMS, seeds=[1, 2, 3, 4]))
     finally:
         sampler.close()
     assert [rollout.problem.id for rollout in first] == [p.id for p in problems for _ in range(2)]
     assert [r.completion_ids.tolist() for r in first] == [r.completion_ids.tolist() for r in again]
     assert all(rollout.top_ids.shape == (len(rollout.completion_ids), 5) for rollout in first)
+    # A problem's samples are handed over as soon as they are there; the server writes one problem after the other.
+    assert sorted(sorted(part) for part in parts) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    streamed = {place: rollout.completion_ids.tolist() for part in parts for place, rollout in part.items()}
+    assert streamed == {place: rollout.completion_ids.tolist() for place, rollout in enumerate(first)}
 
 
 def test_a_token_without_admin_scope_is_one_sentence(monkeypatch, model, url, problems):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,10 @@ def test_train_then_eval_then_report(config):
     assert done.stdout == f"{run / 'report.html'}\n"
     assert (run / "report.html").exists()
 
+    done = trainer("report", run, run.parent / "run", "--out", config.parent / "both.html")
+    assert done.returncode == USER_ERROR
+    assert "is given twice" in done.stderr
+
 
 def test_generate_and_export_take_the_last_checkpoint(config, tmp_path):
     done = trainer("train", config, f"run={tmp_path / 'run'}")
@@ -121,6 +126,26 @@ def test_generate_and_export_take_the_last_checkpoint(config, tmp_path):
     assert [row["prompt"] for row in rows] == ["3+4=", "3+4="]
     assert rows[0] == rows[1], "greedy"
     assert of_folder.stdout == of_run.stdout
+
+
+def test_generate_prints_what_is_finished_and_ends_cleanly_on_ctrl_c(tmp_path):
+    """Two hundred completions of hundreds of tokens would take minutes; the first line is there in seconds."""
+    model = build_toy_model(tmp_path / "model", hidden_size=32, num_layers=1)
+    prompts = [argument for n in range(200) for argument in ("--prompt", f"{n}+1")]
+    command = [sys.executable, "-m", "student_trainer", "generate", str(model), *prompts, "--json"]
+    with subprocess.Popen(
+        [*command, "--max-new-tokens", "400"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        first = json.loads(process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        rest, said = process.communicate(timeout=60)
+    assert first["prompt"] == "0+1"
+    lines = [json.loads(line) for line in rest.splitlines()]
+    assert 1 + len(lines) < 200
+    assert process.returncode == 130
+    assert "student-trainer: stopped; every completion above is whole\n" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "generate", "report", "export", "init"])

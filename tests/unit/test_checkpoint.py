@@ -11,11 +11,12 @@ from student_trainer.collate import completion_logits
 from student_trainer.config import ConfigError, ModelConfig, parse_config
 from student_trainer.export import export
 from student_trainer.learner import Learner
+from student_trainer.plain_weights import plain_weights
 from student_trainer.stages.sft import Sft
 from student_trainer.student import load_student
 from student_trainer.study.toy import build_toy_model
 from student_trainer.tasks import ToyTask, build_task
-from student_trainer.weights_sync import state_bytes
+from student_trainer.weights_sync import weights_file
 from teacher_server.adapters import check_adapter
 from teacher_server.tensor_files import read_specs
 
@@ -113,7 +114,7 @@ def test_an_adapter_alone_is_trained_and_everyone_else_sees_it_in_the_weights(tm
     assert (logits_of(model, batch) - expected).abs().max() > 0.01
     for path in (folder, export(folder, tmp_path / "out")):
         torch.testing.assert_close(logits_of(path, batch), expected, atol=1e-5, rtol=0)
-    pushed, saved = load(state_bytes(learner.student.model)), load_file(folder / "model.safetensors")
+    pushed, saved = load(weights_file(plain_weights(learner.student.model))), load_file(folder / "model.safetensors")
     assert pushed.keys() == saved.keys()
     assert all(tensor.equal(saved[name]) for name, tensor in pushed.items())
 

@@ -5,7 +5,7 @@ import pytest
 from student_trainer.config import ConfigError, dump_config, load_config, parse_config
 
 CONFIGS = Path(__file__).parents[2] / "student_trainer" / "configs"
-SHIPPED = sorted(path for path in CONFIGS.glob("*.toml") if path.stem != "recipe")
+SHIPPED = sorted(path for path in CONFIGS.glob("*.toml") if not path.stem.startswith("recipe"))
 
 OPD = """
 run = "runs/x"

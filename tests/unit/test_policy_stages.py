@@ -7,14 +7,17 @@ import pytest
 import torch
 
 from protos.records import Message
+from student_trainer.alarms import SKIPPED
 from student_trainer.collate import completion_logits
 from student_trainer.config import ConfigError, parse_config
 from student_trainer.learner import Learner
 from student_trainer.losses import log_probs
 from student_trainer.stages.actor import collate_written
 from student_trainer.stages.build import build_stage
+from student_trainer.stages.critic import Critic
 from student_trainer.stages.ppo import token_rewards
-from student_trainer.student import load_student
+from student_trainer.stages.watch import full_row
+from student_trainer.student import load_backbone, load_student
 from student_trainer.study.toy import ANSWER_MARK, build_toy_model
 from student_trainer.tasks.problem import Problem, SplitTask
 
@@ -81,12 +84,14 @@ def test_reward_rises(model, stage, seed):
 
 
 def test_a_step_without_a_difference_changes_nothing_and_says_so(model):
-    config = config_of(model, GRPO)
+    config = config_of(model, GRPO | {"max_draws": 3})
     student, learner, stage = built(config, NEVER)
     before = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
     collected = stage.collect(0)
     row = learner.step(stage, collected)
-    assert collected.metrics["groups_dropped"] == 8
+    # Eight groups, and others in their place twice.
+    assert collected.metrics["groups_dropped"] == 3 * 8
+    assert collected.metrics["draws"] == 3
     assert collected.metrics["sampled_tokens"] == sum(len(r.completion_ids) for r in collected.rollouts) > 0
     assert row == {"num_tokens": 0, "lr": 5e-3, "num_updates": 0, "skipped_steps": 0, "watch_s": 0}
     assert all(tensor.equal(before[name]) for name, tensor in student.model.state_dict().items())
@@ -94,7 +99,7 @@ def test_a_step_without_a_difference_changes_nothing_and_says_so(model):
 
 def test_equal_groups_are_dropped_and_the_others_keep_their_advantages(model):
     """Reward 1 for every text that starts with a digit and ends: equal in some of the groups."""
-    config = config_of(model, GRPO, rollout={"max_new_tokens": 6, "samples_per_problem": 2})
+    config = config_of(model, GRPO | {"max_draws": 1}, rollout={"max_new_tokens": 6, "samples_per_problem": 2})
     _, _, stage = built(config, DIGIT)
     collected = stage.collect(0)
     pairs = list(zip(collected.rollouts[::2], collected.rollouts[1::2], strict=True))
@@ -111,11 +116,36 @@ def test_equal_groups_are_dropped_and_the_others_keep_their_advantages(model):
     assert built(kept, DIGIT)[2].collect(0).batch.num_sequences == 16
 
 
+def test_further_problems_take_the_place_of_equal_groups_until_the_batch_is_full(model):
+    """Of a step's eight problems the first draw is the same as without; what comes after is drawn anew, repeatably."""
+    rollout = {"max_new_tokens": 6, "samples_per_problem": 2}
+
+    def collected(max_draws):
+        return built(config_of(model, GRPO | {"max_draws": max_draws}, rollout=rollout), DIGIT)[2].collect(0)
+
+    def ids_of(step):
+        return [rollout.completion_ids.tolist() for rollout in step.rollouts]
+
+    alone, full, again = collected(1), collected(100), collected(100)
+    assert alone.batch.num_sequences < full.batch.num_sequences == 8 * 2
+    num_groups = len(full.rollouts) // 2
+    assert full.metrics["groups_dropped"] == num_groups - 8 > 0
+    assert 1 < full.metrics["draws"] < 100
+    assert ids_of(full)[:16] == ids_of(alone)
+    assert ids_of(full) == ids_of(again)
+    assert len(full.rewards) == len(full.rollouts)
+    assert full.metrics["sampled_tokens"] == sum(map(len, ids_of(full)))
+    twice = collected(2)
+    # As many as were dropped of the first eight, no more.
+    assert len(twice.rollouts) // 2 == 8 + alone.metrics["groups_dropped"]
+    assert ids_of(full)[: len(twice.rollouts)] == ids_of(twice)
+
+
 def test_a_cut_completion_is_left_out_or_punished(model):
     always = task_of(lambda *_: 1.0)
-    for kind in ("grpo", "ppo"):
+    for kind, own in (("grpo", {"max_draws": 1}), ("ppo", {})):
         masked, punished = (
-            built(config_of(model, {"kind": kind, "truncated": choice}), always)[2].collect(0)
+            built(config_of(model, {"kind": kind, "truncated": choice, **own}), always)[2].collect(0)
             for choice in ("mask", "punish")
         )
         finished = [rollout.is_finished for rollout in masked.rollouts]
@@ -189,6 +219,39 @@ def test_the_critic_learns_what_to_expect(model):
     rows = [stage.collect(step).metrics for step in range(12)]
     assert rows[0]["value_mean"] == 0
     assert rows[-1]["value_loss"] < 0.2 * rows[0]["value_loss"]
+
+
+def test_a_critic_s_update_that_is_not_finite_is_skipped_and_leaves_the_critic_as_it_was(model):
+    """The first of two minibatches is poisoned; beside a critic that was given the second one alone."""
+    config = config_of(model, PPO)
+    _, _, stage = built(config, DIGIT)
+    batch = collate_written(stage.collect(0).rollouts[:6])
+    states = []
+    for poison in (0.0, math.nan, math.inf):
+        critic = Critic(load_backbone(config.model), config.optim, clip=0.2)
+        value_BT = critic.values(batch)
+        return_BT = value_BT + 1
+        return_BT[0] += poison
+        target = dataclasses.replace(batch, old_value_BT=value_BT, return_BT=return_BT)
+        second = list(target.updates(2, 1))[1]
+        fit = critic.fit(target if poison else second, num_minibatches=2 if poison else 1, num_epochs=1)
+        assert fit.num_skipped == (1 if poison else 0)
+        assert math.isfinite(fit.loss) == (not poison)
+        state = critic.state_dict()
+        moments = [value for one in state["optimizer"]["state"].values() for value in one.values()]
+        states.append([*state["model"].values(), *moments])
+    for other in states[1:]:
+        assert all(left.equal(right) for left, right in zip(states[0], other, strict=True))
+
+
+def test_a_critic_s_skipped_updates_count_with_the_student_s(model):
+    """A reward that is no number: both updates of both are skipped, on top of five before."""
+    config = config_of(model, PPO)
+    _, learner, stage = built(config, task_of(lambda *_: math.nan))
+    collected = stage.collect(0)
+    assert collected.metrics[SKIPPED] == 2
+    row = full_row(1, collected.metrics, {"watch_s": 0.0}, learner.step(stage, collected), {SKIPPED: 5})
+    assert row[SKIPPED] == 5 + 2 + 2
 
 
 def test_grpo_needs_a_group(model):

@@ -30,7 +30,7 @@ task = { kind = "jsonl", path = "p.jsonl" }
 [[stages]]
 name = "third"
 model = { from = "first", dtype = "bfloat16" }
-teacher = { url = "grpc://h:1", from = "second" }
+teacher = { url = "grpc://h:1", name = "rlvr", from = "second" }
 stage = { kind = "opd" }
 """
 
@@ -61,6 +61,8 @@ def test_stages_take_what_is_shared_and_what_earlier_ones_left(recipe):
     assert second.config.model.path == third.config.model.path == "runs/r/first/checkpoints/step-00000005"
     assert third.config.model.dtype == "bfloat16"
     assert third.teacher_weights == Path("runs/r/second/checkpoints/step-00000007")
+    assert third.config.teacher is not None
+    assert third.config.teacher.name == "rlvr"
     assert first.teacher_weights is second.teacher_weights is None
 
 
@@ -104,7 +106,11 @@ def test_a_config_of_one_run_is_a_plan_of_one(recipe):
         ("steps = 7", 'run = "y"', "stage second: run: leave it out"),
         ('run = "runs/r"\n', "", "run: missing; it is the folder of all the recipe's runs"),
         ("[optim]", '[model]\nfrom = "first"\n[optim]', "model.from: belongs in a stage"),
-        ('teacher = { url = "grpc://h:1", from = "second" }', "", "stage third: stage opd needs a teacher"),
+        (
+            'teacher = { url = "grpc://h:1", name = "rlvr", from = "second" }',
+            "",
+            "stage third: stage opd needs a teacher",
+        ),
     ],
 )
 def test_a_mistake_names_its_stage(recipe, old, new, sentence):
@@ -118,7 +124,15 @@ def test_a_recipe_where_one_run_is_wanted_is_refused(recipe):
         load_config(recipe)
 
 
-def test_the_shipped_recipe_is_valid():
-    warmup, told = load_plan(Path(__file__).parents[2] / "student_trainer" / "configs" / "recipe.toml")
+def test_the_shipped_recipes_are_valid():
+    configs = Path(__file__).parents[2] / "student_trainer" / "configs"
+    warmup, told = load_plan(configs / "recipe.toml")
     assert (warmup.config.stage.kind, told.config.stage.kind) == ("sft", "opsd")
     assert Path(told.config.model.path) == told.teacher_weights == Path("runs/recipe/warmup/checkpoints/step-00000300")
+    sft, rlvr, opd = load_plan(configs / "recipe_rlvr.toml")
+    assert [stage.config.stage.kind for stage in (sft, rlvr, opd)] == ["sft", "grpo", "opd"]
+    assert Path(opd.config.model.path) == Path("runs/recipe_rlvr/sft/checkpoints/step-00000300")
+    assert opd.teacher_weights == Path("runs/recipe_rlvr/rlvr/checkpoints/step-00000200")
+    assert opd.config.teacher is not None
+    assert opd.config.teacher.url == rlvr.config.rollout.url
+    assert (rlvr.config.num_samples, opd.config.num_samples) == (8, 1)

@@ -4,12 +4,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 
 from protos.records import Message
 from student_trainer.rollout.base import SamplingParams
 from student_trainer.rollout.transformers import TransformersSampler
-from student_trainer.study.toy import build_toy_model
+from student_trainer.study.toy import VOCABULARY, build_toy_model, toy_tokenizer
 from student_trainer.tasks import Problem
 
 EOS = 2
@@ -93,6 +93,53 @@ def test_a_larger_budget_goes_on_where_the_smaller_one_stopped(sampler):
         ids_of(sampler.sample(PROBLEMS, SamplingParams(max_new_tokens=budget), seeds=SEEDS)) for budget in (5, 20)
     )
     assert [ids[:5] for ids in long] == short
+
+
+def test_what_has_ended_is_handed_over_and_costs_nothing_more(model, sampler):
+    fed, parts = [], []
+    hook = model.register_forward_pre_hook(lambda _, args, named: fed.append(len(named["input_ids"])), with_kwargs=True)
+    params = SamplingParams(max_new_tokens=30, num_samples=8)
+    try:
+        for ended in sampler.stream(PROBLEMS, params, seeds=SEEDS):
+            parts.append(ended)
+            assert max(len(rollout.completion_ids) for rollout in ended.values()) == len(fed)
+    finally:
+        hook.remove()
+    written = {place: rollout for ended in parts for place, rollout in ended.items()}
+    assert sum(map(len, parts)) == len(written) == 24
+    # An eighth of the batch at a time; the last part is what is left.
+    assert len(parts) > 3
+    assert all(len(ended) >= 3 for ended in parts[:-1])
+    # One row of a forward for each token: its prediction.
+    assert sum(fed) == sum(len(rollout.completion_ids) for rollout in written.values())
+    assert ids_of(written[place] for place in range(24)) == ids_of(sampler.sample(PROBLEMS, params, seeds=SEEDS))
+
+
+def test_rows_that_leave_take_nothing_from_those_that_stay():
+    """Log-probs of Gemma, some of whose layers keep a window of 4 tokens, after others have left its cache."""
+    tokenizer = toy_tokenizer()
+    config = Gemma3TextConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=32,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    model.lm_head.weight.data.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    sampler = TransformersSampler(model, tokenizer, eos_token_ids=(EOS, 5, 7, 9))  # so that some end early, some late
+    rollouts = sampler.sample(PROBLEMS, SamplingParams(max_new_tokens=20, num_samples=4), seeds=SEEDS)
+    assert len({len(rollout.completion_ids) for rollout in rollouts}) > 3
+    for rollout in rollouts:
+        logp_TV = plain_logits(model, rollout).log_softmax(-1)
+        ids = torch.from_numpy(rollout.completion_ids.astype(np.int64))
+        np.testing.assert_allclose(rollout.logprobs, logp_TV.gather(-1, ids[:, None])[:, 0], atol=1e-4)
 
 
 def test_logits_that_are_not_finite_are_an_error(model):

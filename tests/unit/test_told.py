@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from protos.records import (
+    Chat,
     Message,
     PrivilegedIds,
     Reference,
@@ -16,9 +17,12 @@ from protos.records import (
     UserSuffix,
 )
 from student_trainer.config import ConfigError, TrainConfig, parse_config
-from student_trainer.privileged import privileged_of, refusals
+from student_trainer.privileged import num_context_tokens, privileged_of, refusals
+from student_trainer.study.toy import toy_tokenizer
 from student_trainer.tasks import Problem
+from student_trainer.text import render_prompt
 from student_trainer.wording import check_wording, fill
+from teacher_server.privileged import compose
 
 PROBLEM = Problem("p7", (Message("user", "3+5"),), answer="8", reference="3+5={answer};")
 INFO = TeacherInfo(
@@ -149,3 +153,39 @@ def test_a_teacher_that_cannot_be_told_is_refused_before_the_first_step(privileg
     assert resolved is not None
     reasons = refusals(resolved, info)
     assert (not reasons) if sentence is None else (len(reasons) == 1 and sentence in reasons[0])
+
+
+TOLD = (Message("user", "1"), Message("assistant", "2"), Message("user", "3+5"))
+RULED = (Message("system", "T"), *TOLD)
+
+
+@pytest.mark.parametrize("messages", [TOLD[:1], TOLD, RULED])
+@pytest.mark.parametrize(
+    "privileged",
+    [
+        None,
+        SystemText("R"),
+        UserPrefix("1+1"),
+        UserSuffix("22"),
+        Reference("m8", "plain"),
+        PrivilegedIds(np.array([4, 2])),
+    ],
+)
+def test_the_trainer_counts_the_context_that_a_server_composes(messages, privileged):
+    tokenizer = toy_tokenizer()
+
+    def render(turns):
+        return render_prompt(tokenizer, turns)
+
+    composed = compose(Chat(messages), privileged, render)
+    problem = dataclasses.replace(PROBLEM, messages=messages)
+    assert num_context_tokens(tokenizer, problem, privileged) == len(composed.ids)
+
+
+def test_a_chat_template_that_takes_no_system_message_is_named_with_the_problem():
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}:"
+    )
+    with pytest.raises(ValueError, match=r"problem p7: the model's chat template does not take .*: no system here"):
+        num_context_tokens(tokenizer, PROBLEM, SystemText("R"))
