@@ -14,12 +14,14 @@ from rich.console import Console
 from protos.errors import TeacherError
 from student_trainer.config import ConfigError, ModelConfig, TrainConfig, load_config
 from student_trainer.config.recipe import load_plan
+from student_trainer.probes.commands import app as probe_app
 from student_trainer.stopped import Stopped
 
 USER_ERROR = 2
 """Exit code of a mistake that the user can mend."""
 
 app = App(name="student-trainer", help="Train a student on its own rollouts, scored by a teacher reached by URL.")
+app.command(probe_app)
 
 
 @app.command
