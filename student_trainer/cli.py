@@ -34,14 +34,17 @@ def train(config: Path, *overrides: Annotated[str, Parameter()], teacher: str | 
         teacher: The teacher's URL, in place of teacher.url.
     """
     plan = load_plan(config, overrides, teacher=teacher)
+    from student_trainer.distributed import is_main, joined
     from student_trainer.progress import quiet_libraries
     from student_trainer.recipe import run_plan
     from student_trainer.report import write_report
 
     quiet_libraries()
-    for settings, last in run_plan(plan):
-        report = write_report(Path(settings.run))
-        Console().print(f"student: {last}\nreport:  {report}", highlight=False, soft_wrap=True)
+    with joined():
+        for settings, last in run_plan(plan):
+            if is_main():
+                report = write_report(Path(settings.run))
+                Console().print(f"student: {last}\nreport:  {report}", highlight=False, soft_wrap=True)
 
 
 @app.command(name="eval")

@@ -10,7 +10,7 @@ of its completion token t, in one slice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -115,6 +115,10 @@ class Batch:
         """
         for _ in range(num_epochs):
             yield from self.split(max(1, -(-self.num_sequences // num_minibatches)))
+
+    def idle(self) -> Batch:
+        """The same sequences with no token that counts: a forward and backward pass of no effect."""
+        return replace(self, mask_BT=torch.zeros_like(self.mask_BT))
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from student_trainer.config import EvalConfig
+from student_trainer.distributed import gather, share
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
 from student_trainer.tasks import Problem, Task
 
@@ -44,7 +46,7 @@ class Evaluation:
 
 
 def evaluate(sampler: Sampler, task: Task, config: EvalConfig, *, max_new_tokens: int) -> Evaluation:
-    """Answers the first `config.num_problems` held-out problems greedily.
+    """Answers the first `config.num_problems` held-out problems greedily; every rank answers a share of them.
 
     Raises:
         ValueError: the task holds out fewer problems than that.
@@ -53,14 +55,18 @@ def evaluate(sampler: Sampler, task: Task, config: EvalConfig, *, max_new_tokens
         raise ValueError(
             f"eval.num_problems is {config.num_problems}, but task {task.name} holds out {len(task.held_out)}"
         )
-    rollouts = greedy(sampler, task.held_out[: config.num_problems], config.batch_size, max_new_tokens)
-    rewards = [task.reward(rollout.problem, rollout.text) for rollout in rollouts]
+    problems = share(task.held_out[: config.num_problems])
+    mine = [
+        (task.reward(r.problem, r.text), task.is_well_formed(r.problem, r.text), not r.is_finished)
+        for r in greedy(sampler, problems, config.batch_size, max_new_tokens)
+    ]
+    rewards, well_formed, truncated = zip(*chain.from_iterable(gather(mine)), strict=True)
     accuracy = sum(rewards) / len(rewards)
     return Evaluation(
         accuracy=accuracy,
         interval=wilson_interval(accuracy, len(rewards)),
-        well_formed=sum(task.is_well_formed(rollout.problem, rollout.text) for rollout in rollouts) / len(rollouts),
-        truncation_rate=sum(not rollout.is_finished for rollout in rollouts) / len(rollouts),
+        well_formed=sum(well_formed) / len(rewards),
+        truncation_rate=sum(truncated) / len(rewards),
         num_problems=len(rewards),
     )
 

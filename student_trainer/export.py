@@ -7,9 +7,7 @@ from pathlib import Path
 
 from student_trainer import checkpoint
 from student_trainer.config import ConfigError
-
-OWN_FILES = (checkpoint.OPTIMIZER_FILE, checkpoint.TRAINER_FILE)
-"""What a checkpoint holds for the trainer alone."""
+from student_trainer.manifest import MANIFEST
 
 
 def export(run_or_checkpoint: Path, out: Path) -> Path:
@@ -27,7 +25,7 @@ def export(run_or_checkpoint: Path, out: Path) -> Path:
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*OWN_FILES))
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(*checkpoint.OWN_FILES, MANIFEST))
         partial.rename(out)
     except OSError as error:
         raise ConfigError(f"{out}: {error.strerror or error}") from None

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from student_trainer.distributed import gather
 from student_trainer.stopped import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -48,6 +49,11 @@ def deferred_signals() -> Iterator[None]:
         yield
     finally:
         restore()
+
+
+def tell_ranks() -> None:
+    """A signal that has come to one process of the run counts for all, from here on."""
+    _received.extend(signum for signums in gather(list(_received)) for signum in signums if signum not in _received)
 
 
 def is_requested() -> bool:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from protos.errors import TeacherError
-from student_trainer import checkpoint, interrupt
+from student_trainer import checkpoint, distributed, interrupt
 from student_trainer.alarms import Alarm, Alarms, unknown_signals
 from student_trainer.config import TrainConfig
 from student_trainer.config.watch import DEFAULT_RULES
@@ -34,16 +34,18 @@ NOTHING = -1
 logger = logging.getLogger(__name__)
 
 
+@distributed.joined()
 def train(config: TrainConfig, *, quiet: bool = False) -> Path:
     """Runs, or goes on with, the training run that `config` describes; returns its last checkpoint's folder.
 
     Raises:
         ConfigError: the run folder, the model or the config is wrong.
         TeacherError, TeacherMismatch: the teacher failed, or cannot score this student.
-        Stopped: a rule, the teacher's absence or a signal ended the run early; it can go on.
+        Stopped: a rule, the teacher's absence, a signal or a lost process ended the run early; it can go on.
         RunFolderError, CheckpointError: the disk refused; the last checkpoint is whole.
     """
-    run = RunFolder(config)
+    config.check_ranks(distributed.world_size())
+    run = distributed.by_main(lambda: RunFolder(config))
     with interrupt.deferred_signals():
         # A roll-back changes the run folder; what follows is a run that is gone on with, like any other.
         while not (last := _go_on(run, config, quiet=quiet)):
@@ -53,17 +55,17 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Path:
 
 def _go_on(run: RunFolder, config: TrainConfig, *, quiet: bool) -> Path | None:
     """From the last checkpoint to the last step, whose checkpoint is returned; None after a roll-back."""
-    roll_backs = run.roll_backs()
+    roll_backs = distributed.by_main(run.roll_backs)
     now = adjusted(config, roll_backs)
     task = build_task(config.task)
     student = load_student(config.model)
     learner = Learner.build(student, now)
-    resumed_from = run.intact_checkpoint()
+    resumed_from = distributed.by_main(run.intact_checkpoint)
     num_done = learner.restore(resumed_from) if resumed_from else 0
     if resumed_from and num_done == config.steps:
         return resumed_from
-    run.forget_after(num_done if resumed_from else NOTHING)
-    alarms = Alarms(config.watch, run.metrics(), roll_backs)
+    distributed.by_main(lambda: run.forget_after(num_done if resumed_from else NOTHING))
+    alarms = Alarms(config.watch, distributed.by_main(run.metrics), roll_backs)
     if alarm := alarms.standing():
         raise StoppedByRule(alarm.sentence)
     stage = build_stage(now, student, task)
@@ -71,31 +73,38 @@ def _go_on(run: RunFolder, config: TrainConfig, *, quiet: bool) -> Path | None:
     try:
         if resumed_from:
             checkpoint.restore_stage(resumed_from, stage)
-        with follow(run, config), Progress(config, start=num_done, quiet=quiet) as progress:
+        is_quiet = quiet or not distributed.is_main()
+        with follow(run, config), Progress(config, start=num_done, quiet=is_quiet) as progress:
             if not resumed_from:
                 run.log({"step": 0, **_evaluate(student, task, config).metrics()})
                 if any(rule.action == "roll_back" for rule in config.watch.rules):
                     save(0)
             for step in range(num_done, config.steps):
+                interrupt.tell_ranks()
                 interrupt.raise_if_requested()
                 started = time.perf_counter()
-                collected = _collect(stage, step, save)
-                rewards = collected.rewards or [task.reward(r.problem, r.text) for r in collected.rollouts]
-                watched = watch_collected(collected, rewards, student.model, config)
-                row = full_row(step + 1, collected.metrics, watched, learner.step(stage, collected), alarms.last_row)
+                with distributed.gathered(student.model):
+                    collected = _collect(stage, step, save)
+                    rewards = collected.rewards or [task.reward(r.problem, r.text) for r in collected.rollouts]
+                    watched = watch_collected(collected, rewards, student.model, config)
+                data = distributed.means(collected.metrics, collected.batch.num_sequences)
+                watched = distributed.means(watched, collected.batch.num_sequences)
+                row = full_row(step + 1, data, watched, learner.step(stage, collected), alarms.last_row)
                 row["step_s"] = time.perf_counter() - started
                 if _is_due(step + 1, config.eval.every_steps, config.steps):
                     row |= _evaluate(student, task, config).metrics()
+                row = distributed.from_main(row)  # with its seconds: what is decided by it is decided alike
                 run.log(row | marks(roll_backs, step + 1))
                 run.log_rollouts(sample_rows(step + 1, collected, rewards, config.rollouts_logged, student.tokenizer))
                 progress.advance(row)
                 match _sound(alarms.observe(row), run):
                     case Alarm(action="roll_back") as alarm:
-                        run.roll_back(alarm)
+                        distributed.by_main(partial(run.roll_back, alarm))
                         return None
                     case Alarm(action="stop") as alarm:
                         save(step + 1)
                         raise StoppedByRule(alarm.sentence)
+                interrupt.tell_ranks()
                 if interrupt.is_requested() or _is_due(step + 1, config.checkpoint.every_steps, config.steps):
                     save(step + 1)
                 if step == num_done:
@@ -106,9 +115,9 @@ def _go_on(run: RunFolder, config: TrainConfig, *, quiet: bool) -> Path | None:
 
 
 def _collect(stage: Stage, step: int, save: Callable[[int], None]) -> Collected:
-    """The data of step s; where there is none to be had, what was learnt before is saved."""
+    """The data of step s; where there is none to be had on some rank, what was learnt before is saved."""
     try:
-        return stage.collect(step)
+        return distributed.agreed(lambda: stage.collect(step))
     except (TeacherError, TeacherMismatch, Stopped):
         if step > 0:
             save(step)
@@ -133,7 +142,7 @@ def _doubt(config: TrainConfig, row: Row) -> None:
 def _save(run: RunFolder, learner: Learner, stage: Stage, alarms: Alarms, config: TrainConfig, num_steps: int) -> None:
     """Writes the checkpoint of `num_steps` unless it is there; keeps one from before any breach that may roll back."""
     run.flush()
-    done = [checkpoint.num_steps_of(path) for path in checkpoint.found(run.checkpoints)]
+    done = [checkpoint.num_steps_of(path) for path in distributed.by_main(lambda: checkpoint.found(run.checkpoints))]
     if num_steps not in done:
         num_since = sum(before >= alarms.breached_since for before in done)
         # The new one, those from the breach on, and the last good one.
@@ -148,4 +157,5 @@ def _is_due(num_steps: int, every_steps: int, last: int) -> bool:
 def _evaluate(student: Student, task: Task, config: TrainConfig) -> Evaluation:
     sampler = TransformersSampler(student.model, student.tokenizer, eos_token_ids=student.eos_token_ids)
     budget = config.eval.max_new_tokens or config.rollout.max_new_tokens
-    return evaluate(sampler, task, config.eval, max_new_tokens=budget)
+    with distributed.gathered(student.model):
+        return evaluate(sampler, task, config.eval, max_new_tokens=budget)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from student_trainer.config import OptimConfig
+from student_trainer.distributed import whole
 
 
 def build_optimizer(parameters: list[torch.nn.Parameter], config: OptimConfig) -> AdamW:
@@ -38,3 +40,9 @@ def lr_share(step: int, num_steps: int, config: OptimConfig) -> float:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, num_steps - 1 - config.warmup_steps)
     return config.final_lr_share + (1 - config.final_lr_share) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def clip_by_global_norm(weights: Iterable[torch.nn.Parameter], max_norm: float) -> float:
+    """Scales the gradients, of every rank together, to a Euclidean norm of at most `max_norm`; returns their norm
+    before that."""
+    return float(whole(torch.nn.utils.clip_grad_norm_(weights, max_norm)))

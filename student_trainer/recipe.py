@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from protos.errors import TeacherError
 from student_trainer.config import TrainConfig
 from student_trainer.config.recipe import RecipeStage, last_checkpoint
+from student_trainer.distributed import by_main
 from student_trainer.loop import train
 from student_trainer.run_folder import RunFolder
 from student_trainer.teacher_identity import TEACHER_FILE
@@ -31,14 +33,18 @@ def run_plan(plan: Sequence[RecipeStage], *, quiet: bool = False) -> Iterator[tu
     """
     for stage in plan:
         with _named(stage.name if len(plan) > 1 else None):
-            is_finished = RunFolder(stage.config).intact_checkpoint() == last_checkpoint(stage.config)
+            is_finished = by_main(partial(_is_finished, stage.config))
             if stage.teacher_weights is not None and not is_finished:
                 assert stage.config.teacher is not None
-                send_checkpoint(stage.config.teacher, stage.teacher_weights)
+                by_main(partial(send_checkpoint, stage.config.teacher, stage.teacher_weights))
                 # What the run noted of its teacher names the version sent before; these are the same weights.
                 (Path(stage.config.run) / TEACHER_FILE).unlink(missing_ok=True)
             done = last_checkpoint(stage.config) if is_finished else train(stage.config, quiet=quiet)
         yield stage.config, done
+
+
+def _is_finished(config: TrainConfig) -> bool:
+    return RunFolder(config).intact_checkpoint() == last_checkpoint(config)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from student_trainer import checkpoint
 from student_trainer.alarms import Alarm
 from student_trainer.config import ConfigError, TrainConfig, dump_config
+from student_trainer.distributed import is_main
 from student_trainer.durable import flush, replace_text
 from student_trainer.manifest import damage
 from student_trainer.roll_back import RollBack
@@ -82,17 +83,21 @@ class RunFolder:
         """The newest checkpoint whose checksums hold, None before the first; damaged ones are put aside.
 
         Raises:
-            RunFolderError: there are checkpoints, and every one is damaged.
+            RunFolderError: there are checkpoints, and every one is damaged; or what is not whole cannot be put away.
         """
         faults: list[str] = []
-        for path in reversed(checkpoint.found(self.checkpoints)):
-            fault = damage(path)
-            if not fault:
-                if faults:
-                    logger.warning("%s; going on from %s", "; ".join(faults), path.name)
-                return path
-            faults.append(f"{path} is damaged: {fault}")
-            path.rename(path.with_name(f"damaged-{path.name}"))
+        try:
+            checkpoint.sweep(self.checkpoints)
+            for path in reversed(checkpoint.found(self.checkpoints)):
+                fault = damage(path)
+                if not fault:
+                    if faults:
+                        logger.warning("%s; going on from %s", "; ".join(faults), path.name)
+                    return path
+                faults.append(f"{path} is damaged: {fault}")
+                path.rename(path.with_name(f"damaged-{path.name}"))
+        except OSError as error:
+            raise self._full(self.checkpoints, error) from None
         if faults:
             raise RunFolderError(
                 f"{'; '.join(faults)}; no checkpoint is whole: put one back from a copy, or choose another `run`"
@@ -108,7 +113,7 @@ class RunFolder:
         self._keep(self._alarms, [row for row in _rows(self._alarms) if row["num_steps"] <= num_in_all])
 
     def log(self, row: Row) -> None:
-        """Appends one step's metrics."""
+        """Appends one step's metrics. Of several processes the first alone writes, here and to every log."""
         self._append(self._metrics, [row])
         for listener in self.listeners:
             listener.log(row)
@@ -119,9 +124,12 @@ class RunFolder:
 
     def flush(self) -> None:
         """Waits until the logs are on disk: before a checkpoint, which counts their steps as done."""
-        for path in (self._metrics, self._rollouts, self._alarms):
-            if path.exists():
-                flush(path)
+        for path in (self._metrics, self._rollouts, self._alarms) if is_main() else ():
+            try:
+                if path.exists():
+                    flush(path)
+            except OSError as error:
+                raise self._full(path, error) from None
 
     def log_alarm(self, row: Row) -> None:
         """Appends one alarm: `step`, `signal`, `value`, `threshold`, `side`, `action`, `num_steps`, `sentence`."""
@@ -172,6 +180,8 @@ class RunFolder:
             raise self._full(path, error) from None
 
     def _append(self, path: Path, rows: list[Row]) -> None:
+        if not is_main():
+            return
         try:
             with path.open("a") as file:
                 file.write(_lines(rows))

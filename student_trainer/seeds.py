@@ -8,10 +8,12 @@ from typing import TypeVar
 
 import numpy as np
 
+from student_trainer.distributed import share
+
 T = TypeVar("T")
 
 # The purposes of a draw: their numbers keep the streams apart.
-PROBLEMS, ROLLOUTS = range(2)
+PROBLEMS, ROLLOUTS, DROPOUT, ADAPTER = range(4)
 
 
 def derive_seed(seed: int, purpose: int, index: int) -> int:
@@ -21,8 +23,9 @@ def derive_seed(seed: int, purpose: int, index: int) -> int:
 
 
 def pick(items: Sequence[T], num_items: int, step: int, seed: int) -> list[T]:
-    """Items `step * num_items` and the next of an endless stream of shuffled epochs, without replacement in each."""
-    positions = range(step * num_items, (step + 1) * num_items)
+    """This rank's share of items `step * num_items` and the next of an endless stream of shuffled epochs, without
+    replacement in each."""
+    positions = share(range(step * num_items, (step + 1) * num_items))
     orders = {
         epoch: np.random.default_rng(derive_seed(seed, PROBLEMS, epoch)).permutation(len(items))
         for epoch in {position // len(items) for position in positions}
@@ -32,4 +35,5 @@ def pick(items: Sequence[T], num_items: int, step: int, seed: int) -> list[T]:
 
 def rollout_seeds(seed: int, step: int, num_problems: int) -> list[int]:
     """The seeds of the problems that `pick` gives at that step, one each: a function of their places in its stream."""
-    return [derive_seed(seed, ROLLOUTS, place) for place in range(step * num_problems, (step + 1) * num_problems)]
+    places = share(range(step * num_problems, (step + 1) * num_problems))
+    return [derive_seed(seed, ROLLOUTS, place) for place in places]

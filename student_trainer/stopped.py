@@ -3,7 +3,8 @@
 Stopped
 ├── StoppedByRule    a rule of `watch` said so
 ├── TeacherGone      the teacher did not come back within `teacher.max_wait_s`
-└── Interrupted      SIGTERM or SIGINT
+├── Interrupted      SIGTERM or SIGINT
+└── PeerLost         another process of the run, started by torchrun, ended or could not go on
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ class StoppedByRule(Stopped):
 
 
 class TeacherGone(Stopped):
+    """Started again, the run goes on."""
+
+    exit_code = os.EX_TEMPFAIL
+
+
+class PeerLost(Stopped):
     """Started again, the run goes on."""
 
     exit_code = os.EX_TEMPFAIL

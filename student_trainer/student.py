@@ -10,18 +10,26 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 from protos.fingerprint import tokenizer_fingerprint
 from protos.records import TokenizerFingerprint
+from student_trainer import distributed
 from student_trainer.config import ConfigError, ModelConfig
 from student_trainer.lm_head import LmHead, find_head
+from student_trainer.lora import add_adapter
 from student_trainer.text import eos_token_ids
 
 
 @dataclass(frozen=True)
 class Student:
-    """A model in training; `eos_token_ids` end its completions."""
+    """A model in training.
+
+    Attributes:
+        eos_token_ids: each ends a completion.
+        dtype: of the computation, and of the weights that others load.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
 
     @cached_property
     def head(self) -> LmHead:
@@ -31,7 +39,7 @@ class Student:
     @property
     def vocab_size(self) -> int:
         """V, the width of the model's output."""
-        return int(self.model.config.vocab_size)
+        return int(self.model.config.get_text_config().vocab_size)
 
     @property
     def fingerprint(self) -> TokenizerFingerprint:
@@ -40,22 +48,30 @@ class Student:
 
 
 def load_student(config: ModelConfig) -> Student:
-    """Loads the model and its tokenizer from a folder or the Hub.
+    """Loads the model and its tokenizer from a folder or the Hub, sharded where several processes train together.
 
     Raises:
-        ConfigError: there is no such model, it names no EOS, or its logits cannot be computed by chunks.
+        ConfigError: there is no such model, it names no EOS, its logits cannot be computed by chunks, or LoRA does not
+            fit it.
     """
+    dtype: torch.dtype = getattr(torch, config.dtype)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            config.path, revision=config.revision or "main", dtype=getattr(torch, config.dtype)
+            config.path, revision=config.revision or "main", dtype=dtype
         )
         tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision or "main")
-        model.to(_device(config))  # pyright: ignore[reportArgumentType]
-        student = Student(model, tokenizer, eos_token_ids(model, tokenizer))
+        if config.lora:
+            add_adapter(model, config.lora, config.path, config.revision)
+        model.to(distributed.local_device(config.device))  # pyright: ignore[reportArgumentType]
+        student = Student(model, tokenizer, eos_token_ids(model, tokenizer), dtype)
         _ = student.head  # found at load, so that a model that has none is refused here
-        return student
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path {config.path!r}: {str(error).splitlines()[0]}") from error
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if distributed.world_size() > 1:
+        distributed.shard(model, set(model._no_split_modules or ()), dtype)
+    return student
 
 
 def load_backbone(config: ModelConfig) -> PreTrainedModel:
@@ -63,9 +79,4 @@ def load_backbone(config: ModelConfig) -> PreTrainedModel:
     model: PreTrainedModel = AutoModel.from_pretrained(
         config.path, revision=config.revision or "main", dtype=torch.float32
     )
-    return model.to(_device(config))  # pyright: ignore[reportArgumentType]
-
-
-def _device(config: ModelConfig) -> torch.device:
-    is_auto = config.device == "auto"
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if is_auto else config.device)
+    return model.to(distributed.local_device(config.device))  # pyright: ignore[reportArgumentType]

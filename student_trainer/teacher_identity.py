@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from protos.records import TeacherInfo
+from student_trainer.distributed import by_main
 from student_trainer.durable import replace_text
 
 TEACHER_FILE = "teacher.json"
@@ -56,6 +57,9 @@ class TeacherIdentity:
         Raises:
             TeacherMismatch: the file holds another teacher's.
         """
+        by_main(lambda: self._hold(file))
+
+    def _hold(self, file: Path) -> None:
         if not file.exists():
             replace_text(file, json.dumps(asdict(self), indent=2) + "\n")
             return

@@ -12,6 +12,7 @@ from protos.errors import Conflict, InvalidRequest, PermissionDenied, TeacherErr
 from protos.records import WeightsUpdate
 from protos.wire import MAX_CHUNK_BYTES
 from student_trainer.client_thread import ClientThread
+from student_trainer.plain_weights import plain_weights
 
 RETRY_WAITS_S = (0.5, 2.0, 8.0)
 """Between attempts that failed for a reason which may pass."""
@@ -84,9 +85,8 @@ class WeightsSync:
 
 
 def state_bytes(model: PreTrainedModel) -> bytes:
-    """The model's weights as one safetensors file, on the CPU; tensors that the model ties to others are left out."""
-    tied = model.all_tied_weights_keys.keys()
-    return save({name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items() if name not in tied})
+    """`plain_weights` as one safetensors file."""
+    return save({name: tensor.contiguous() for name, tensor in plain_weights(model).items()})
 
 
 async def _chunks(weights: bytes) -> AsyncGenerator[bytes, None]:

@@ -2,7 +2,7 @@
 
 from student_trainer.config.base import ConfigError, Section
 from student_trainer.config.loss import LossConfig
-from student_trainer.config.model import ModelConfig, OptimConfig
+from student_trainer.config.model import LoraConfig, ModelConfig, OptimConfig
 from student_trainer.config.parse import dump_config, load_config, parse_config
 from student_trainer.config.policy import GrpoStage, PolicyStage, PpoStage
 from student_trainer.config.privileged import (
@@ -25,6 +25,7 @@ __all__ = [
     "EvalConfig",
     "GrpoStage",
     "IdsPrivileged",
+    "LoraConfig",
     "LossConfig",
     "ModelConfig",
     "OpdStage",

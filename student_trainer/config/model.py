@@ -9,6 +9,17 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from student_trainer.config.base import Section
 
 
+class LoraConfig(Section):
+    """Low-rank adapters: B A · alpha / rank is added to linear layers, and only A and B are trained."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the adapter's input while it is trained."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the linear layers, such as "q_proj"; none given means every linear layer but the output."""
+
+
 class ModelConfig(Section):
     """The student."""
 
@@ -17,7 +28,11 @@ class ModelConfig(Section):
     revision: str | None = None
     """A Hub revision; None is the newest."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and activations."""
+    """Of weights and activations; bfloat16 is trained through float32 master weights."""
+    lora: LoraConfig | None = None
+    """None trains every weight; an empty table trains an adapter with the defaults."""
+    gradient_checkpointing: bool = False
+    """Computes activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     device: str = "auto"
     """"auto" takes CUDA where there is one."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from student_trainer.config.base import Section
+from student_trainer.config.base import ConfigError, Section
 from student_trainer.config.model import ModelConfig, OptimConfig
 from student_trainer.config.privileged import PrivilegedConfig, TextPrivileged
 from student_trainer.config.stage import OpdStage, OpsdStage, StageConfig
@@ -17,6 +17,10 @@ from student_trainer.tasks.config import TaskConfig
 
 GROUP_SIZE = 8
 """Of GRPO, where none is given: DeepSeekMath (arXiv:2402.03300) takes 64, most recipes since take 8 or 16."""
+
+
+SHARED_STAGES = ("sft", "opd")
+"""Whose step several processes take together, each on its share of the problems."""
 
 
 class RolloutConfig(Section):
@@ -95,6 +99,30 @@ class TrainConfig(Section):
         if isinstance(told, TextPrivileged) and told.text is None:
             return told.model_copy(update={"text": self.task.privileged_text})
         return told
+
+    def check_ranks(self, num_ranks: int) -> None:
+        """Refuses what several processes, started by torchrun, cannot do together.
+
+        Raises:
+            ConfigError: the message says what to change.
+        """
+        if num_ranks == 1:
+            return
+        if self.stage.kind not in SHARED_STAGES:
+            raise ConfigError(
+                f"stage {self.stage.kind} learns in one process, and torchrun started {num_ranks}: start one; "
+                f"{' and '.join(SHARED_STAGES)} take several"
+            )
+        if self.problems_per_step < num_ranks:
+            raise ConfigError(
+                f"problems_per_step is {self.problems_per_step}, fewer than the {num_ranks} processes: raise it, or "
+                "start fewer"
+            )
+        if self.rollout.url is not None:
+            raise ConfigError(
+                f"rollout.url is {self.rollout.url}, and several processes send no weights to a server: leave it out, "
+                "and each writes its share of the rollouts"
+            )
 
     @model_validator(mode="after")
     def _teacher_where_needed(self) -> Self:

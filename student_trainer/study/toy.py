@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from dataclasses import dataclass
@@ -103,8 +104,9 @@ def told(question: str, answer: str) -> str:
     return question + 2 * LINE_BREAK + answer
 
 
+@functools.lru_cache(maxsize=8)
 def toy_task(config: ToyTask) -> SplitTask:
-    """The toy world's problems; `Problem.reference` is the trace to train on.
+    """The toy world's problems; `Problem.reference` is the trace to train on. Drawn once a config: seconds of 20,000.
 
     Raises:
         ValueError: the settings allow fewer different sums than are asked for.

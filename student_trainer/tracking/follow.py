@@ -12,6 +12,7 @@ from typing import Any, assert_never
 
 from student_trainer.config import ConfigError, TrackingConfig, TrainConfig
 from student_trainer.config.tracking import SinkName
+from student_trainer.distributed import is_main
 from student_trainer.run_folder import Row, RunFolder
 from student_trainer.tracking.base import Sink
 
@@ -30,7 +31,7 @@ def follow(run: RunFolder, config: TrainConfig) -> Iterator[None]:
     """
     tables = config.model_dump(mode="json", exclude_none=True)
     with ExitStack() as stack:
-        for sink in build_sinks(config.tracking, run.path):
+        for sink in build_sinks(config.tracking, run.path) if is_main() else ():
             sink.start(tables)
             stack.callback(sink.finish)
             run.listeners.append(sink)

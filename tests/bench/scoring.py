@@ -13,9 +13,10 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -47,15 +48,21 @@ GRID_COMPLETION = (50, 200, 1000)
 GRID_IN_FLIGHT = (1, 8, 64)
 
 Score = Callable[[Sequence[ScoreItem]], Awaitable[object]]
+Open = Callable[[], AbstractAsyncContextManager[Score]]
+"""A client's connection, and how it scores a batch."""
+
+LATENCY_IN_FLIGHT = 8
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """One batch: `num_items` completions of `completion` tokens from a vocabulary of `vocab` ids."""
+    """One batch: `num_items` completions of `completion` tokens from a vocabulary of `vocab` ids; latencies are of
+    `num_latencies` requests of one item each."""
 
     num_items: int
     completion: int
     vocab: int
+    num_latencies: int = 64
 
     @property
     def num_tokens(self) -> int:
@@ -91,7 +98,7 @@ class Wish:
 class Row:
     """One way to score a batch; `pid` is its server, `url` what can be metered."""
 
-    score: Score
+    open: Open
     wish: Wish
     pid: int | None = None
     url: str = ""
@@ -102,35 +109,38 @@ def prompts_of(items: Sequence[ScoreItem]) -> list[list[int]]:
     return [[*np.asarray(item.prompt).tolist(), *item.completion_ids[:-1].tolist()] for item in items]
 
 
-def our_score(url: str) -> Score:
-    async def score(items: Sequence[ScoreItem]) -> object:
+def ours(url: str) -> Open:
+    @asynccontextmanager
+    async def opened() -> AsyncGenerator[Score]:
         async with connect(url) as teacher:
-            return await teacher.score(items)
+            yield teacher.score
 
-    return score
+    return opened
 
 
-def stock_score(url: str) -> Score:
-    async def score(items: Sequence[ScoreItem]) -> object:
+def stock(url: str) -> Open:
+    @asynccontextmanager
+    async def opened() -> AsyncGenerator[Score]:
         with httpx.Client(base_url=url, timeout=None) as client:
-            return await asyncio.to_thread(stock_scores, client, items)
+            yield partial(asyncio.to_thread, stock_scores, client)
 
-    return score
+    return opened
 
 
-def trl_score(url: str) -> Score | None:
+def trl(url: str) -> Open | None:
     try:
         from trl.generation.vllm_client import VLLMClient  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
 
-    async def score(items: Sequence[ScoreItem]) -> object:
-        return await asyncio.to_thread(trl_scores, VLLMClient(base_url=url, connection_timeout=60.0), items)
+    @asynccontextmanager
+    async def opened() -> AsyncGenerator[Score]:
+        yield partial(asyncio.to_thread, trl_scores, VLLMClient(base_url=url, connection_timeout=60.0))
 
-    return score
+    return opened
 
 
-def forward_score(model_path: Path) -> Score:
+def forward(model_path: Path) -> Open:
     """A plain transformers forward with log_softmax and topk, one text at a time."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -145,15 +155,16 @@ def forward_score(model_path: Path) -> Score:
             results.append(torch.log_softmax(logits_TV / item.temperature, -1).topk(item.top_k))
         return results
 
-    async def score(items: Sequence[ScoreItem]) -> object:
-        return await asyncio.to_thread(score_all, items)
+    @asynccontextmanager
+    async def opened() -> AsyncGenerator[Score]:
+        yield partial(asyncio.to_thread, score_all)
 
-    return score
+    return opened
 
 
 def rows_of(model: Path, server: Served, stock_url: str | None) -> dict[str, Row]:
     """Every row of the first table."""
-    grpc, http = our_score(server.grpc_url), our_score(server.http_url)
+    grpc, http = ours(server.grpc_url), ours(server.http_url)
     rows = {
         "ours, gRPC, K = 20": Row(grpc, Wish(20), server.pid, server.grpc_url),
         "ours, gRPC, K = 20, float16": Row(grpc, Wish(20, half_precision=True), server.pid, server.grpc_url),
@@ -162,20 +173,19 @@ def rows_of(model: Path, server: Served, stock_url: str | None) -> dict[str, Row
         "ours, gRPC, K = 64": Row(grpc, Wish(64), server.pid, server.grpc_url),
         "ours, HTTP, K = 20": Row(http, Wish(20), server.pid, server.http_url),
         "ours, HTTP, K = 64": Row(http, Wish(64), server.pid, server.http_url),
-        "transformers forward, K = 20": Row(forward_score(model), Wish(20)),
+        "transformers forward, K = 20": Row(forward(model), Wish(20)),
     }
     if stock_url is not None:
         for top_k in (20, 64):
-            rows[f"stock vllm serve, read as TRL does, K = {top_k}"] = Row(
-                stock_score(stock_url), Wish(top_k), url=stock_url
-            )
-            if (trl := trl_score(stock_url)) is not None:
-                rows[f"stock vllm serve, TRL's client, K = {top_k}"] = Row(trl, Wish(top_k), url=stock_url)
+            rows[f"stock vllm serve, read as TRL does, K = {top_k}"] = Row(stock(stock_url), Wish(top_k), url=stock_url)
+            if (client := trl(stock_url)) is not None:
+                rows[f"stock vllm serve, TRL's client, K = {top_k}"] = Row(client, Wish(top_k), url=stock_url)
     return rows
 
 
 async def compare(rows: dict[str, Row], server: Served, sizes: Sizes, repeats: int) -> dict[str, dict[str, Any]]:
-    """Tokens a second of each row and of the ceiling, one value a repeat; then bytes and peaks of one more batch."""
+    """Tokens a second of each row and of the ceiling, one value a repeat; then bytes and peaks of one more batch, and
+    the latencies of requests of one item, some in flight together."""
     rng = np.random.default_rng(0)
     rates: dict[str, list[float]] = {"ceiling": []} | {name: [] for name in rows}
     for _ in track(range(1 + repeats), "comparing"):  # the first warms up
@@ -184,14 +194,21 @@ async def compare(rows: dict[str, Row], server: Served, sizes: Sizes, repeats: i
         for name, row in rows.items():
             items = row.wish.items(rng, sizes)
             started = time.perf_counter()
-            await row.score(items)
+            async with row.open() as score:
+                await score(items)
             rates[name].append(sizes.num_tokens / (time.perf_counter() - started))
     results: dict[str, dict[str, Any]] = {name: {"tokens_per_s": values[1:]} for name, values in rates.items()}
-    for name, row in rows.items():
+    for name, row in track(rows.items(), "latencies, memory, bytes"):
+        async with row.open() as score:
+            latencies = await latencies_of(
+                score, row.wish.items(rng, replace(sizes, num_items=sizes.num_latencies)), LATENCY_IN_FLIGHT
+            )
+        results[name] |= quantiles_ms(latencies)
         items = row.wish.items(rng, sizes)
         client_before = reset_peak_of_client()
         server_before = None if row.pid is None else reset_peak(row.pid)
-        await row.score(items)
+        async with row.open() as score:
+            await score(items)
         results[name]["client_peak_mib"] = (peak_bytes_of_client() - client_before) / 2**20
         if row.pid is not None and server_before is not None:
             results[name]["server_peak_mib"] = (peak_bytes(row.pid) - server_before) / 2**20
@@ -205,10 +222,31 @@ async def received_bytes(row: Row, items: Sequence[ScoreItem]) -> int:
     parts = urlsplit(row.url)
     assert parts.hostname
     assert parts.port
-    score = stock_score if row.pid is None else our_score
+    client = stock if row.pid is None else ours
     async with WireMeter.to(parts.hostname, parts.port) as meter:
-        await score(f"{parts.scheme}://{meter.address}")(items)
+        async with client(f"{parts.scheme}://{meter.address}")() as score:
+            await score(items)
         return meter.counts()[1]
+
+
+async def latencies_of(score: Score, items: Sequence[ScoreItem], in_flight: int) -> list[float]:
+    """Seconds of each request of one item, `in_flight` of them at a time."""
+    places = asyncio.Semaphore(in_flight)
+    latencies: list[float] = []
+
+    async def one(item: ScoreItem) -> None:
+        async with places:
+            started = time.perf_counter()
+            await score([item])
+            latencies.append(time.perf_counter() - started)
+
+    await asyncio.gather(*map(one, items))
+    return latencies
+
+
+def quantiles_ms(latencies: Sequence[float]) -> dict[str, float]:
+    """The median and the 99th percentile of seconds, in milliseconds."""
+    return {f"p{q}_ms": 1000 * float(np.quantile(latencies, q / 100)) for q in (50, 99)}
 
 
 def peak_bytes_of_client() -> int:
@@ -250,18 +288,8 @@ async def grid(server: Served, vocab: int, max_tokens: int) -> list[dict[str, An
                 prompts = prompts_of(Wish().items(rng, sizes))
                 ceilings[completion, in_flight] = sizes.num_tokens / server.prefill(prompts, in_flight)
             items = wishes[support](top_k).items(rng, sizes)
-            places, latencies = asyncio.Semaphore(in_flight), []
-
-            async def one(
-                item: ScoreItem, places: asyncio.Semaphore = places, latencies: list[float] = latencies
-            ) -> None:
-                async with places:
-                    started = time.perf_counter()
-                    await teacher.score([item])
-                    latencies.append(time.perf_counter() - started)
-
             started = time.perf_counter()
-            await asyncio.gather(*map(one, items))
+            latencies = await latencies_of(teacher.score, items, in_flight)
             rate = sizes.num_tokens / (time.perf_counter() - started)
             results.append(
                 {
@@ -271,8 +299,7 @@ async def grid(server: Served, vocab: int, max_tokens: int) -> list[dict[str, An
                     "in_flight": in_flight,
                     "tokens_per_s": rate,
                     "share": rate / ceilings[completion, in_flight],
-                    "p50_ms": 1000 * float(np.quantile(latencies, 0.5)),
-                    "p99_ms": 1000 * float(np.quantile(latencies, 0.99)),
+                    **quantiles_ms(latencies),
                 }
             )
     return results
@@ -287,7 +314,17 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
 
 def comparison_table(title: str, results: dict[str, dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left")
-    for column in ("", "tokens/s", "share of ceiling", "times TRL", "bytes/token", "server MiB", "client MiB"):
+    for column in (
+        "",
+        "tokens/s",
+        "share of ceiling",
+        "times TRL",
+        "bytes/token",
+        "p50 ms",
+        "p99 ms",
+        "server MiB",
+        "client MiB",
+    ):
         table.add_column(column, justify="left" if not column else "right")
     ceiling = np.array(results["ceiling"]["tokens_per_s"])
     for name, result in results.items():
@@ -305,7 +342,7 @@ def comparison_table(title: str, results: dict[str, dict[str, Any]]) -> Table:
         times = "" if rival is None else "{:.1f} ({:.1f} to {:.1f})".format(*interval(rates / rival))
         numbers = [
             f"{result[key]:,.0f}" if key in result else ""
-            for key in ("bytes_per_token", "server_peak_mib", "client_peak_mib")
+            for key in ("bytes_per_token", "p50_ms", "p99_ms", "server_peak_mib", "client_peak_mib")
         ]
         table.add_row(name, low_high, share, times, *numbers)
     return table
@@ -335,7 +372,7 @@ def main(
     model: Annotated[tuple[Literal["tiny", "smollm2"], ...], Parameter(negative="")] = ("tiny",),
     repeats: int = 7,
     grid_too: Annotated[bool, Parameter(name="--grid")] = True,
-    stock: bool = True,
+    stock_too: Annotated[bool, Parameter(name="--stock")] = True,
     out: Path = ROOT / "runs" / "bench",
 ) -> None:
     """Measures and prints; the same numbers are left as JSON in `out`."""
@@ -348,9 +385,9 @@ def main(
             else:
                 from student_trainer.study.smollm2 import fetch_smollm2
 
-                path, sizes, max_tokens = fetch_smollm2(ROOT / "models"), Sizes(8, 200, 49_152), 2048
+                path, sizes, max_tokens = fetch_smollm2(ROOT / "models"), Sizes(8, 200, 49_152, 16), 2048
             server = stack.enter_context(served(path))
-            stock_url = stack.enter_context(stock_vllm_server(path, max_logprobs=64)) if stock else None
+            stock_url = stack.enter_context(stock_vllm_server(path, max_logprobs=64)) if stock_too else None
             results = asyncio.run(compare(rows_of(path, server, stock_url), server, sizes, repeats))
             title = f"{name}: {sizes.num_items} x {sizes.completion} tokens, T = {TEMPERATURE}, {repeats} repeats"
             console.print(comparison_table(title, results))

@@ -112,7 +112,7 @@ def test_generate_and_export_take_the_last_checkpoint(config, tmp_path):
     assert trainer("export", tmp_path / "run", "--out", out).stdout == f"{out}\n"
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer_config.json"} <= names
-    assert not {"optimizer.pt", "trainer.json"} & names
+    assert not {"state", "trainer.json"} & names
     refused = trainer("export", tmp_path / "run", "--out", out)
     assert (refused.returncode, "exists and is not overwritten" in refused.stderr) == (USER_ERROR, True)
     options = ["--prompt", "3+4=", "--samples", "2", "--max-new-tokens", "4", "--temperature", "0", "--json"]

@@ -1,0 +1,142 @@
+"""Two processes under torchrun (gloo, FSDP2) take the steps of one, and either goes on from the other's checkpoint.
+
+The teacher is the transformers engine: its numbers do not depend on what is scored beside an item.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from student_trainer import checkpoint
+from student_trainer.config import ConfigError, dump_config, load_config, parse_config
+from student_trainer.loop import train
+from student_trainer.run_folder import read_rows
+from student_trainer.study.toy import build_toy_model
+from teacher_server.engines.transformers import TransformersEngine
+from tests.harness import LoopThread, core_over, start_server
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+HALF = 3
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return build_toy_model(tmp_path_factory.mktemp("student"), hidden_size=32, num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def teacher_url(run: LoopThread, tmp_path_factory):
+    model = build_toy_model(tmp_path_factory.mktemp("teacher"), hidden_size=32, num_layers=1, seed=1)
+
+    async def start():
+        return await start_server(core_over(TransformersEngine(str(model)), model))
+
+    server = run(start())
+    yield server.url("grpc")
+    run(server.stop())
+
+
+def tables(folder: Path, model: Path, stage: str) -> dict:
+    """Seven problems over two ranks are shares of 3 and 4, and at three a micro-batch one rank has one more."""
+    return {
+        "run": str(folder / "run"),
+        "steps": STEPS,
+        "problems_per_step": 7,
+        "seed": 5,
+        "model": {"path": str(model)},
+        "task": {"kind": "toy", "train_size": 200, "held_out_size": 20},
+        "stage": {"kind": stage},
+        "rollout": {"max_new_tokens": 8},
+        "optim": {"lr": 1e-2, "micro_batch_size": 3, "warmup_steps": 2},
+        "eval": {"num_problems": 9, "every_steps": HALF, "batch_size": 3},
+        "checkpoint": {"every_steps": HALF, "keep": 5},
+    }
+
+
+def write_config(folder: Path, model_path: Path, stage: str, **changes) -> Path:
+    config = parse_config(tables(folder, model_path, stage) | changes)
+    folder.mkdir()
+    path = folder / "config.toml"
+    path.write_text(dump_config(config))
+    return path
+
+
+def continued(path: Path, other: Path) -> Path:
+    """The config of a run whose folder holds `other`'s first HALF steps and its checkpoint after them."""
+    source, target = Path(load_config(other).run), Path(load_config(path).run)
+    name = f"step-{HALF:08d}"
+    shutil.copytree(source / "checkpoints" / name, target / "checkpoints" / name)
+    lines = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (target / "metrics.jsonl").write_text("".join(lines[: HALF + 1]))
+    return path
+
+
+def under_torchrun(*configs: Path) -> None:
+    script = Path(__file__).with_name("ranks.py")
+    result = subprocess.run([*TORCHRUN, script, *configs], capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def curve(config: Path, name: str = "loss") -> list[float]:
+    rows = read_rows(Path(load_config(config).run) / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    return [row[name] for row in rows[1:]]
+
+
+def saved(config: Path) -> dict:
+    return load_file(checkpoint.found(Path(load_config(config).run) / "checkpoints")[-1] / "model.safetensors")
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path, model, teacher_url):
+    teacher = {"teacher": {"url": teacher_url}}
+    adapted = {"model": {"path": str(model), "lora": {"rank": 4}, "gradient_checkpointing": True}}
+    one, two = (
+        {
+            "sft": write_config(tmp_path / f"sft-{ranks}", model, "sft"),
+            "opd": write_config(tmp_path / f"opd-{ranks}", model, "opd", **teacher),
+            "lora": write_config(tmp_path / f"lora-{ranks}", model, "sft", **adapted),
+        }
+        for ranks in (1, 2)
+    )
+    one_then_two = write_config(tmp_path / "sft-1-2", model, "sft")
+    two_then_one = write_config(tmp_path / "opd-2-1", model, "opd", **teacher)
+    bf16 = write_config(tmp_path / "bf16-2", model, "sft", model={"path": str(model), "dtype": "bfloat16"})
+    for config in one.values():
+        train(load_config(config), quiet=True)
+    under_torchrun(*two.values(), continued(one_then_two, one["sft"]), bf16)
+    train(load_config(continued(two_then_one, two["opd"])), quiet=True)
+
+    for name in ("sft", "opd", "lora"):
+        assert curve(two[name]) == pytest.approx(curve(one[name]), abs=1e-4)
+        assert curve(two[name], "grad_norm") == pytest.approx(curve(one[name], "grad_norm"), abs=1e-3)
+        assert abs(curve(one[name])[0] - curve(one[name])[-1]) > 30e-4  # the runs went 30 tolerances far
+        assert saved(two[name]).keys() == saved(one[name]).keys()
+    assert curve(one_then_two) == pytest.approx(curve(one["sft"]), abs=1e-4)
+    assert curve(two_then_one) == pytest.approx(curve(one["opd"]), abs=1e-4)
+    for name in ("length_mean", "truncation_rate", "reward", "reverse_kl", "num_tokens"):
+        assert curve(two["opd"], name) == pytest.approx(curve(one["opd"], name), abs=1e-4)
+    # bfloat16 has 8 bits: its curve is the float32 one's within its rounding, and what it saves is bfloat16.
+    assert curve(bf16) == pytest.approx(curve(one["sft"]), abs=0.1)
+    assert {str(tensor.dtype) for tensor in saved(bf16).values()} == {"torch.bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"stage": {"kind": "grpo"}}, "stage grpo learns in one process, and torchrun started 8: start one"),
+        ({}, "problems_per_step is 7, fewer than the 8 processes: raise it, or start fewer"),
+        ({"problems_per_step": 8, "rollout": {"url": "grpc://x:1"}}, "rollout.url is grpc://x:1, and several"),
+    ],
+)
+def test_what_processes_cannot_do_together_is_refused(tmp_path, model, changes, said):
+    config = parse_config(tables(tmp_path, model, "sft") | changes)
+    config.check_ranks(1)
+    with pytest.raises(ConfigError, match=said):
+        config.check_ranks(8)

@@ -1,0 +1,103 @@
+"""SIGTERM and SIGINT end a run with a checkpoint, and the exit code says how it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from student_trainer import checkpoint
+from student_trainer.config import dump_config, parse_config
+from student_trainer.run_folder import read_rows
+from student_trainer.study.toy import build_toy_model
+from teacher_server.engines.transformers import TransformersEngine
+from tests.chaos_proxy import ChaosProxy, Faults
+from tests.harness import LoopThread, core_over, start_server
+from tests.warm import start_command
+
+pytestmark = pytest.mark.slow
+
+STOPPED_BY_RULE = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_toy_model(tmp_path_factory.mktemp("toy"), hidden_size=32, num_layers=1)
+
+
+def write_config(folder: Path, model: Path, **tables) -> Path:
+    tables = {
+        "run": str(folder / "run"),
+        "steps": 10_000,
+        "problems_per_step": 4,
+        "model": {"path": str(model)},
+        "task": {"kind": "toy", "train_size": 50, "held_out_size": 10},
+        "stage": {"kind": "sft"},
+        "rollout": {"max_new_tokens": 4},
+        "eval": {"num_problems": 2},
+        "checkpoint": {"every_steps": 5000},
+    } | tables
+    path = folder / "config.toml"
+    path.write_text(dump_config(parse_config(tables)))
+    return path
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while last_step(run) < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def last_step(run: Path) -> int:
+    """-1 before the first row."""
+    metrics = run / "metrics.jsonl"
+    rows = read_rows(metrics) if metrics.exists() else []
+    return rows[-1]["step"] if rows else -1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, model, signum):
+    run = tmp_path / "run"
+    process = start_command(write_config(tmp_path, model))
+    wait_for_step(run, 3)
+    assert process.pid is not None
+    os.kill(process.pid, signum)
+    process.join(60)
+    assert process.exitcode == 128 + signum
+    assert checkpoint.num_steps_of(checkpoint.found(run / "checkpoints")[-1]) == last_step(run)
+
+
+def test_a_signal_ends_the_wait_for_a_teacher(run: LoopThread, tmp_path, model):
+    async def start():
+        server = await start_server(core_over(TransformersEngine(str(model)), model))
+        return server, await ChaosProxy.start(int(server.url("http").rpartition(":")[2]), 0)
+
+    server, proxy = run(start())
+    teacher = {"url": f"http://127.0.0.1:{proxy.port}"}
+    process = start_command(write_config(tmp_path, model, stage={"kind": "opd"}, teacher=teacher))
+    folder = tmp_path / "run"
+    wait_for_step(folder, 2)
+    proxy.faults = Faults(cut=1.0)
+    time.sleep(1.0)
+    num_done = last_step(folder)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    began = time.monotonic()
+    process.join(60)
+    assert time.monotonic() - began < 10
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert checkpoint.num_steps_of(checkpoint.found(folder / "checkpoints")[-1]) == last_step(folder) == num_done
+    run(proxy.stop())
+    run(server.stop())
+
+
+def test_a_rule_that_stops_has_an_exit_code_of_its_own(tmp_path, model):
+    rule = {"signal": "loss", "above": 0.0, "action": "stop"}
+    process = start_command(write_config(tmp_path, model, watch={"rules": [rule]}))
+    process.join(60)
+    assert process.exitcode == STOPPED_BY_RULE
+    assert last_step(tmp_path / "run") == 1

@@ -1,0 +1,40 @@
+"""Training processes that start in a second: forked from a server that has imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from student_trainer.config import TrainConfig
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["__main__", "student_trainer.loop", "protos._http", "tests.warm"])
+
+
+def start_train(config: TrainConfig) -> ForkServerProcess:
+    """`loop.train` as a process of its own."""
+    process = _CONTEXT.Process(target=_train, args=(config,))
+    process.start()
+    return process
+
+
+def start_command(config: Path) -> ForkServerProcess:
+    """`student-trainer train CONFIG` as a process of its own."""
+    process = _CONTEXT.Process(target=_command, args=("train", str(config)))
+    process.start()
+    return process
+
+
+def _train(config: TrainConfig) -> None:
+    from student_trainer.loop import train
+
+    train(config, quiet=True)
+
+
+def _command(*arguments: str) -> None:
+    from student_trainer.cli import main
+
+    sys.argv = ["student-trainer", *arguments]
+    main()
