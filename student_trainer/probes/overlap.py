@@ -7,12 +7,14 @@ pick by closeness, not by score ("The Many Faces of On-Policy Distillation").
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from rich.console import RenderableType
 from rich.table import Table
 
-from protos.records import Int32, ScoreItem
+from protos.records import Chat, Int32, ScoreItem
+from student_trainer.privileged import privileged_of
 from student_trainer.probes.closeness import MEASURES, Float64, summary, token_mean, token_measures
 from student_trainer.probes.collection import Collection, Question
 from student_trainer.probes.draw import Line, Panel, png
@@ -50,11 +52,14 @@ class OverlapProbe:
         limits = [n for one in subjects.teachers for n in (one.info.max_top_k, one.info.max_candidates)]
         self._top_k = min(top_k, subjects.student.max_top_k, *limits)
         self._rollouts = Rollouts(subjects)
+        self._privileged = subjects.settings.config.privileged
+        self._told = privileged_of(self._privileged) if self._privileged else None
 
     @property
     def identity(self) -> Row:
         """See `run.Probe`."""
-        return {"top_k": self._top_k}
+        told = self._privileged.model_dump(mode="json") if self._privileged else None
+        return {"top_k": self._top_k, "privileged": told}
 
     def collect(self, problems: Sequence[Problem], collection: Collection) -> None:
         """See `run.Probe`."""
@@ -127,7 +132,7 @@ class OverlapProbe:
         student_tops = [result.top_ids for result in self._student.score(plain)]
         has_entropy = "entropy" in teacher.info.supports
         asked = [
-            self._item(problem, ids, top, entropy=has_entropy)
+            self._as_told(self._item(problem, ids, top, entropy=has_entropy), problem)
             for (_, problem, ids), top in zip(texts, student_tops, strict=True)
         ]
         teacher_results = teacher.score(asked)
@@ -146,6 +151,12 @@ class OverlapProbe:
             }
             for (_, problem, ids), student, result in zip(texts, student_results, teacher_results, strict=True)
         ]
+
+    def _as_told(self, item: ScoreItem, problem: Problem) -> ScoreItem:
+        """The item as the run will ask it of a teacher: with what the config tells it."""
+        if self._told is None:
+            return item
+        return replace(item, prompt=Chat(problem.messages), privileged=self._told(problem))
 
     def _item(self, problem: Problem, ids: Int32, wanted: Int32 | None, *, entropy: bool = False) -> ScoreItem:
         return ScoreItem(
