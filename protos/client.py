@@ -96,7 +96,7 @@ def connect(url: str, *, token: str | None = None, tls: Tls | None = None) -> Te
     """The teacher at `url`, or the pool of replicas that it names; nothing is sent before the first call.
 
     Args:
-        token: the bearer token; None takes it from the environment variable TEACHER_TOKEN, "" sends none.
+        token: the bearer token; None takes it from TEACHER_TOKEN or TEACHER_TOKEN_FILE, "" sends none.
         tls: the files for grpcs and https; None trusts the authority in TEACHER_CA, or else the system's.
 
     Raises:

@@ -14,9 +14,11 @@ from protos.errors import InvalidRequest
 from protos.wire import AUTHORIZATION
 
 TOKEN_VARIABLE = "TEACHER_TOKEN"
+TOKEN_FILE_VARIABLE = "TEACHER_TOKEN_FILE"
 CA_VARIABLE = "TEACHER_CA"
-"""Environment variables that `connect` reads where it is not told. Never OPENAI_API_KEY: it belongs to another service,
-and would go to whichever host a URL names."""
+"""Environment variables that `connect` reads where it is not told: the token itself, a file that holds it (a mounted
+secret; white space around the token is left out), and whom to trust. Never OPENAI_API_KEY: it belongs to another
+service, and would go to whichever host a URL names."""
 
 TOKEN_PATTERN = r"^[A-Za-z0-9._~+/-]+=*$"
 """The characters of a bearer token: `b64token` of RFC 6750, section 2.1."""
@@ -72,14 +74,15 @@ class Credentials:
 
 
 def credentials(url: str, host: str, *, secure: bool, token: str | None, tls: Tls | None) -> Credentials:
-    """The credentials for `url`; what is None comes from TEACHER_TOKEN and TEACHER_CA.
+    """The credentials for `url`; what is None comes from TEACHER_TOKEN or TEACHER_TOKEN_FILE, and TEACHER_CA.
 
     Warns when a token would cross a network in plaintext.
 
     Raises:
-        InvalidRequest: the token has characters that no token has, or `tls` is given and `url` is plaintext.
+        InvalidRequest: the token has characters that no token has, its file cannot be read, or `tls` is given and
+            `url` is plaintext.
     """
-    token = os.environ.get(TOKEN_VARIABLE, "") if token is None else token
+    token = _own_token() if token is None else token
     if token and not re.fullmatch(TOKEN_PATTERN, token):
         raise InvalidRequest(
             "the token has characters that no bearer token has, perhaps a blank or a line's end; "
@@ -93,6 +96,20 @@ def credentials(url: str, host: str, *, secure: bool, token: str | None, tls: Tl
     if not secure:
         return Credentials(token)
     return Credentials(token, tls or Tls(ca=os.environ.get(CA_VARIABLE) or None))
+
+
+def _own_token() -> str:
+    """The token that the environment holds or names the file of; "" where it does neither."""
+    token, path = os.environ.get(TOKEN_VARIABLE, ""), os.environ.get(TOKEN_FILE_VARIABLE, "")
+    if token and path:
+        raise InvalidRequest(f"{TOKEN_VARIABLE} and {TOKEN_FILE_VARIABLE} are both set; unset one", field="token")
+    if not path:
+        return token
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = reason_of(error) if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InvalidRequest(f"{TOKEN_FILE_VARIABLE} is {path}: {reason}", field="token") from error
 
 
 def is_loopback(host: str) -> bool:

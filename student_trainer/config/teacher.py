@@ -14,7 +14,7 @@ class TeacherConfig(Section):
 
     url: str
     """grpc://HOST:PORT or http://HOST:PORT; grpcs and https for TLS. Its token, which no file of the run may hold, is
-    taken from the environment variable TEACHER_TOKEN."""
+    taken from the environment variable TEACHER_TOKEN, or from the file that TEACHER_TOKEN_FILE names."""
     name: str | None = None
     """Which of the server's teachers, for example an adapter that it serves; None is its first."""
     ca: str | None = None

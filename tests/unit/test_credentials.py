@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 
 from protos.client import connect
-from protos.credentials import Credentials, Tls, is_loopback
+from protos.credentials import Credentials, Tls, credentials, is_loopback
 from protos.errors import InvalidRequest
 
 SECRET = "correct-horse-battery-staple"
@@ -40,6 +41,29 @@ def test_a_token_in_plaintext_over_a_network_is_warned_of() -> None:
         connect("grpc://[::1]:1", token=SECRET)
         connect("https://teacher.example:1", token=SECRET)
         connect("http://teacher.example:1", token="")
+
+
+def test_a_token_may_come_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(f"{SECRET}\n")
+    monkeypatch.delenv("TEACHER_TOKEN", raising=False)
+    monkeypatch.setenv("TEACHER_TOKEN_FILE", str(file))
+    assert credentials("https://a:1", "a", secure=True, token=None, tls=None).token == SECRET
+    # What the caller says goes before what the environment says.
+    assert credentials("https://a:1", "a", secure=True, token="", tls=None).token == ""
+    monkeypatch.setenv("TEACHER_TOKEN", SECRET)
+    with pytest.raises(InvalidRequest, match="TEACHER_TOKEN and TEACHER_TOKEN_FILE are both set; unset one"):
+        connect("https://a:1")
+
+
+def test_a_token_file_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TEACHER_TOKEN", raising=False)
+    monkeypatch.setenv("TEACHER_TOKEN_FILE", str(tmp_path / "absent"))
+    with pytest.raises(InvalidRequest, match=r"TEACHER_TOKEN_FILE is .*/absent: No such file or directory"):
+        connect("https://a:1")
+    (tmp_path / "absent").write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidRequest, match=r"TEACHER_TOKEN_FILE is .*/absent: it is not UTF-8 text"):
+        connect("https://a:1")
 
 
 @pytest.mark.parametrize(
