@@ -15,6 +15,7 @@ from rich.console import Console
 from protos.errors import TeacherError
 from student_trainer.config import ConfigError, ModelConfig, TrainConfig, load_config
 from student_trainer.config.recipe import load_plan
+from student_trainer.probes.commands import app as probe_app
 from student_trainer.stopped import Stopped
 
 USER_ERROR = 2
@@ -24,6 +25,7 @@ INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a command that Ctrl-C ended."""
 
 app = App(name="student-trainer", help="Train a student on its own rollouts, scored by a teacher reached by URL.")
+app.command(probe_app)
 
 
 @app.command

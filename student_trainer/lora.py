@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,8 +73,8 @@ def merged(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[st
     for name in [name for name in plain if name.endswith(f"{_BASE}.weight")]:
         layer = name.removesuffix(f"{_BASE}.weight")
         a_RI, b_OR = (state[f"{layer}{_OWN}{side}.{_NAME}.weight"].float() for side in "AB")
-        module = model.get_submodule(layer)
-        delta_OI = module.scaling[_NAME] * (b_OR @ a_RI)  # pyright: ignore[reportIndexIssue]
+        module: Any = model.get_submodule(layer)
+        delta_OI = module.scaling[_NAME] * (b_OR @ a_RI)
         weight = plain[name]
         # Conv1D, as in GPT-2, keeps its weight transposed.
         delta = delta_OI.T if module.fan_in_fan_out else delta_OI

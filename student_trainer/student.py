@@ -14,7 +14,7 @@ from student_trainer import distributed
 from student_trainer.config import ConfigError, ModelConfig
 from student_trainer.lm_head import LmHead, find_head
 from student_trainer.lora import add_adapter
-from student_trainer.text import eos_token_ids
+from student_trainer.text import eos_token_ids, set_chat_template, turn_end_id
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,14 @@ class Student:
 
     Attributes:
         eos_token_ids: each ends a completion.
+        turn_end_id: the one of them that ends an assistant's turn, and that fine-tuning teaches.
         dtype: of the computation, and of the weights that others load.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
+    turn_end_id: int
     dtype: torch.dtype
 
     @cached_property
@@ -51,8 +53,8 @@ def load_student(config: ModelConfig) -> Student:
     """Loads the model and its tokenizer from a folder or the Hub, sharded where several processes train together.
 
     Raises:
-        ConfigError: there is no such model, it names no EOS, its logits cannot be computed by chunks, or LoRA does not
-            fit it.
+        ConfigError: there is no such model, it names no EOS or has no chat template, its logits cannot be computed by
+            chunks, or LoRA does not fit it.
     """
     dtype: torch.dtype = getattr(torch, config.dtype)
     try:
@@ -60,10 +62,14 @@ def load_student(config: ModelConfig) -> Student:
             config.path, revision=config.revision or "main", dtype=dtype
         )
         tokenizer = AutoTokenizer.from_pretrained(config.path, revision=config.revision or "main")
+        set_chat_template(tokenizer, config.chat_template)
+        ids = eos_token_ids(model, tokenizer)
+        if model.generation_config is not None:
+            model.generation_config.eos_token_id = list(ids)  # whoever serves a checkpoint must stop there too
         if config.lora:
             add_adapter(model, config.lora, config.path, config.revision)
         model.to(distributed.local_device(config.device))  # pyright: ignore[reportArgumentType]
-        student = Student(model, tokenizer, eos_token_ids(model, tokenizer), dtype)
+        student = Student(model, tokenizer, ids, turn_end_id(tokenizer), dtype)
         _ = student.head  # found at load, so that a model that has none is refused here
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path {config.path!r}: {str(error).splitlines()[0]}") from error

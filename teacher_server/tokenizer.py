@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from protos.errors import InvalidRequest
 from protos.fingerprint import tokenizer_fingerprint
 from protos.records import Int32, Message, TokenizerFingerprint
+from protos.turn_end import turn_end_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ class ChatTokenizer:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
-        own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        own = {tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None}
         return cls(tokenizer, tuple(sorted({*own, *_generation_eos_ids(model, revision)})))
 
     def render(self, messages: tuple[Message, ...]) -> Int32:

@@ -33,6 +33,8 @@ class ModelConfig(Section):
     """None trains every weight; an empty table trains an adapter with the defaults."""
     gradient_checkpointing: bool = False
     """Computes activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    chat_template: str | None = None
+    """For a base model that has none: "plain", "chatml", or a Jinja file. None keeps the model's own."""
     device: str = "auto"
     """"auto" takes CUDA where there is one."""
 

@@ -19,7 +19,7 @@ from student_trainer.text import render_prompt
 
 
 class Sft:
-    """Negative log-likelihood of each reference and its EOS.
+    """Negative log-likelihood of each reference and the id that ends an assistant's turn.
 
     Args:
         packing: see `SftStage.packing`.
@@ -70,4 +70,4 @@ class Sft:
 
     def _reference_ids(self, problem: Problem) -> Int32:
         ids = self._student.tokenizer(problem.reference, add_special_tokens=False).input_ids
-        return np.asarray([*ids, self._student.tokenizer.eos_token_id], np.int32)
+        return np.asarray([*ids, self._student.turn_end_id], np.int32)

@@ -81,11 +81,28 @@ class DatasetTask(_TaskModel):
     reference_column: str | None = None
     """A column of worked solutions."""
 
+    wrong_columns: tuple[str, ...] = ()
+    """Columns with a wrong choice each, beside the right one in `answer_column` (GPQA's "Incorrect Answer 1" and so
+    on). The choices follow the prompt under letters, in an order that a hash of the prompt decides."""
+
+    choices_column: str | None = None
+    """A column with the list of choices, of which `answer_column` gives the place, from 0, or the letter (MMLU)."""
+
     reward: RewardName = "math"
     """The rule that checks an answer."""
 
     system: str | None = None
     """A system message put before every prompt."""
+
+    @model_validator(mode="after")
+    def _choices_are_letters(self) -> Self:
+        if self.wrong_columns and self.choices_column:
+            raise ValueError("wrong_columns and choices_column both name the choices: give one of them")
+        if (self.wrong_columns or self.choices_column) and self.reward != "multiple_choice":
+            raise ValueError(
+                f"the choices are answered by letter, and reward is {self.reward}: set it to multiple_choice"
+            )
+        return self
 
 
 class ReasoningGymTask(_TaskModel):

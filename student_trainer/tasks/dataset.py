@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from student_trainer.tasks.choices import letter_of, lettered, shuffled
 from student_trainer.tasks.config import DatasetTask
 from student_trainer.tasks.problem import SplitTask
 from student_trainer.tasks.rows import task_of_rows
@@ -27,10 +28,12 @@ def _rows(config: DatasetTask, split: str) -> Iterator[tuple[str, dict[str, Any]
         config.name, config.subset, data_files=config.data_files, split=split, revision=config.revision
     )
     assert isinstance(dataset, Dataset), "a named split that is not streamed is one table"
-    wanted = {
+    wanted: dict[str, str | None] = {
         "prompt_column": config.prompt_column,
         "answer_column": config.answer_column,
         "reference_column": config.reference_column,
+        "choices_column": config.choices_column,
+        **{f"wrong_columns[{place}]": column for place, column in enumerate(config.wrong_columns)},
     }
     for setting, column in wanted.items():
         if column is not None and column not in dataset.column_names:
@@ -48,4 +51,20 @@ def _row(place: str, columns: dict[str, Any], config: DatasetTask) -> dict[str, 
         if not mark:
             raise ValueError(f"{place}: {config.answer_column}: no answer_mark {config.answer_mark!r} in {answer!r}")
         answer = end.strip()
+    if config.wrong_columns or config.choices_column:
+        prompt, answer = _with_choices(place, columns, config)
     return {"messages" if isinstance(prompt, list) else "prompt": prompt, "answer": answer, "reference": reference}
+
+
+def _with_choices(place: str, columns: dict[str, Any], config: DatasetTask) -> tuple[str, str]:
+    """The prompt with its choices, and the right one's letter."""
+    prompt, answer = columns[config.prompt_column], columns[config.answer_column]
+    if not isinstance(prompt, str):
+        raise ValueError(f"{place}: {config.prompt_column}: choices need a prompt of text, and this is {prompt!r}")
+    if config.choices_column is None:
+        return shuffled(prompt, str(answer), [str(columns[column]) for column in config.wrong_columns])
+    choices = [str(choice) for choice in columns[config.choices_column]]
+    try:
+        return lettered(prompt, choices), letter_of(answer, len(choices))
+    except ValueError as error:
+        raise ValueError(f"{place}: {config.answer_column}: {error}") from None

@@ -23,7 +23,7 @@ from student_trainer.config import ConfigError, TrainConfig, parse_config
 from student_trainer.learner import Learner
 from student_trainer.loop import train
 from student_trainer.losses import full_vocabulary, log_probs, reverse_kl
-from student_trainer.rollout.base import Rollout, SamplingParams
+from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
 from student_trainer.run_folder import read_rows
 from student_trainer.scoring import Scorer, Wanted
 from student_trainer.stages import Collected, build_stage
@@ -237,18 +237,20 @@ def test_a_resumed_run_has_the_same_teacher_bit_for_bit_whatever_the_server_has_
 
 
 @dataclass
-class Disturbing:
+class Disturbing(Sampler):
     """A sampler before whose first rollouts `disturb` is called; the inner one is the stage's."""
 
     inner: Any
     disturb: Any
     calls: list[int] = field(default_factory=list)
 
-    def sample(self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]) -> list[Rollout]:
+    def stream(
+        self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]
+    ) -> Iterator[dict[int, Rollout]]:
         if not self.calls:
             self.disturb()
         self.calls.append(len(problems))
-        return self.inner.sample(problems, params, seeds=seeds)
+        yield from self.inner.stream(problems, params, seeds=seeds)
 
     def close(self) -> None:
         self.inner.close()

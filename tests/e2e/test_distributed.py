@@ -6,14 +6,17 @@ The teacher is the transformers engine: its numbers do not depend on what is sco
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
 from student_trainer import checkpoint
 from student_trainer.config import ConfigError, dump_config, load_config, parse_config
 from student_trainer.loop import train
+from student_trainer.manifest import damage
 from student_trainer.run_folder import read_rows
 from student_trainer.study.toy import build_toy_model
 from teacher_server.engines.transformers import TransformersEngine
@@ -125,6 +128,25 @@ def test_two_processes_take_the_steps_of_one(tmp_path, model, teacher_url):
     # bfloat16 has 8 bits: its curve is the float32 one's within its rounding, and what it saves is bfloat16.
     assert curve(bf16) == pytest.approx(curve(one["sft"]), abs=0.1)
     assert {str(tensor.dtype) for tensor in saved(bf16).values()} == {"torch.bfloat16"}
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_its_checkpoints_are_whole(tmp_path, model):
+    config = write_config(tmp_path / "killed", model, "sft", steps=100_000, checkpoint={"every_steps": 5})
+    run = tmp_path / "killed" / "run"
+    command = [*TORCHRUN, "-m", "student_trainer", "train", str(config)]
+    with (tmp_path / "log").open("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 120
+        while not checkpoint.found(run / "checkpoints"):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children()
+        assert len(children) == 2
+        children[1].kill()
+        assert process.wait(timeout=60) != 0
+    assert not any(child.is_running() for child in children)
+    assert all(damage(path) == "" for path in checkpoint.found(run / "checkpoints"))
 
 
 @pytest.mark.parametrize(
