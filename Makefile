@@ -45,7 +45,7 @@ test: $(STAMP) ## the whole test suite
 test-fast: $(STAMP) ## the tests that start neither vLLM nor a training process
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
-compose-test: $(STAMP) ## docker/compose.yaml on a real engine, with a teacher killed in mid-run (about 20 minutes)
+compose-test: $(STAMP) ## docker/compose.yaml on a real engine, with a teacher killed in mid-run
 	$(BIN)/python -m tests.compose
 
 lint: $(STAMP) ## ruff, import-linter, buf
