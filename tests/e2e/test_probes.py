@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from student_trainer.cli import app
 from student_trainer.config import ConfigError
-from student_trainer.study.toy import VOCABULARY, build_toy_model, toy_task
-from student_trainer.tasks import ToyTask
+from student_trainer.study.toy import VOCABULARY, build_toy_model
+from student_trainer.tasks import ToyTask, build_task
 from teacher_server.engines.transformers import TransformersEngine
 from tests.harness import LoopThread, core_over, serving
 
@@ -203,7 +203,7 @@ def test_in_the_toy_world_a_prefix_with_an_error_is_known_exactly(tmp_path, mode
     found = probe("prefix", task, tmp_path / "out", *asked)
     begins = [
         problem.messages[-1].content[0]
-        for problem in toy_task(ToyTask(min_terms=2, max_terms=2, train_size=5, held_out_size=10)).held_out
+        for problem in build_task(ToyTask(min_terms=2, max_terms=2, train_size=5, held_out_size=10)).held_out
     ]
     assert found["tells_errors_apart"] == "exactly"
     assert found["cuts"][0]["with_error"]["student"]["num_answers"] == sum(first != "1" for first in begins)
