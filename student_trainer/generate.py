@@ -22,7 +22,7 @@ from student_trainer.tasks import Problem
 def generate(
     model: ModelConfig, prompts: Sequence[str], params: SamplingParams, *, system: str | None, seed: int
 ) -> Iterator[Rollout]:
-    """`params.num_samples` completions of each prompt, those of one prompt as soon as they are all finished.
+    """`params.num_samples` completions of each prompt, each as soon as it is finished.
 
     Raises:
         ConfigError: there is no such model.
@@ -48,7 +48,8 @@ def generate(
     return (
         rollout
         for problem, its_seed in zip(problems, seeds, strict=True)
-        for rollout in sampler.sample([problem], params, seeds=[its_seed])
+        for ended in sampler.stream([problem], params, seeds=[its_seed])
+        for rollout in ended.values()
     )
 
 

@@ -104,13 +104,19 @@ def told(question: str, answer: str) -> str:
     return question + 2 * LINE_BREAK + answer
 
 
-@functools.lru_cache(maxsize=8)
 def toy_task(config: ToyTask) -> SplitTask:
-    """The toy world's problems; `Problem.reference` is the trace to train on. Drawn once a config: seconds of 20,000.
+    """The toy world's problems; `Problem.reference` is the trace to train on.
 
     Raises:
         ValueError: the settings allow fewer different sums than are asked for.
     """
+    return _drawn(config.model_dump_json())
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn(settings: str) -> SplitTask:
+    """The task of these settings; to draw 20,000 sums and to check them takes seconds, and runs share a task."""
+    config = ToyTask.model_validate_json(settings)
     return SplitTask(
         name="toy",
         train=_draw(config, held_out=False),

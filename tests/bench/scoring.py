@@ -16,7 +16,6 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -122,7 +121,7 @@ def stock(url: str) -> Open:
     @asynccontextmanager
     async def opened() -> AsyncGenerator[Score]:
         with httpx.Client(base_url=url, timeout=None) as client:
-            yield partial(asyncio.to_thread, stock_scores, client)
+            yield lambda items: asyncio.to_thread(stock_scores, client, items)
 
     return opened
 
@@ -135,7 +134,8 @@ def trl(url: str) -> Open | None:
 
     @asynccontextmanager
     async def opened() -> AsyncGenerator[Score]:
-        yield partial(asyncio.to_thread, trl_scores, VLLMClient(base_url=url, connection_timeout=60.0))
+        client = VLLMClient(base_url=url, connection_timeout=60.0)
+        yield lambda items: asyncio.to_thread(trl_scores, client, items)
 
     return opened
 
@@ -157,7 +157,7 @@ def forward(model_path: Path) -> Open:
 
     @asynccontextmanager
     async def opened() -> AsyncGenerator[Score]:
-        yield partial(asyncio.to_thread, score_all)
+        yield lambda items: asyncio.to_thread(score_all, items)
 
     return opened
 
