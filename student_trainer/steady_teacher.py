@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -127,7 +128,7 @@ class SteadyTeacher:
         return waited_s
 
     async def _identify(self) -> None:
-        if self._gone_since is None and time.monotonic() - self._identified < IDENTITY_HOLDS_S:
+        if time.monotonic() - self._identified < IDENTITY_HOLDS_S:
             return
         self._check_version((await self._found_the_same()).weights_version)
         self._identified = time.monotonic()
@@ -157,6 +158,7 @@ class SteadyTeacher:
             )
 
     def _missed(self, error: TeacherError, now: float) -> None:
+        self._identified = -math.inf  # of other requests under way the one before may still answer some
         if self._gone_since is None:
             self._gone_since = now
             self._said = 0.0

@@ -46,14 +46,22 @@ class ChaosProxy:
         proxy.port = proxy._server.sockets[0].getsockname()[1]
         return proxy
 
+    async def move(self, target_port: int) -> None:
+        """Forwards to another port from now on; every connection ends, as when a server is replaced."""
+        self._target_port = target_port
+        self._cut_all()
+
     async def stop(self) -> None:
         """Cuts every connection and stops listening."""
         assert self._server is not None
         self._server.close()
-        for task in self._connections:
-            task.cancel()
+        self._cut_all()
         await asyncio.gather(*self._connections, return_exceptions=True)
         await self._server.wait_closed()
+
+    def _cut_all(self) -> None:
+        for task in self._connections:
+            task.cancel()
 
     async def _connection(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -256,11 +256,6 @@ class Disturbing(Sampler):
         self.inner.close()
 
 
-async def cut_all(proxy: ChaosProxy) -> None:
-    for connection in proxy._connections:
-        connection.cancel()
-
-
 def test_a_server_started_anew_between_weights_and_scores_is_sent_them_again(
     run: LoopThread, model: Path, started: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,8 +270,7 @@ def test_a_server_started_anew_between_weights_and_scores_is_sent_them_again(
             assert isinstance(opd, Opd)
 
             def restart() -> None:
-                proxy._target_port = ports[1]
-                run(cut_all(proxy))
+                run(proxy.move(ports[1]))
 
             opd._sampler = Disturbing(opd._sampler, restart)
             disturbed = stage.collect(1)

@@ -12,6 +12,7 @@ from student_trainer import checkpoint
 from student_trainer.config import parse_config
 from student_trainer.loop import train
 from student_trainer.run_folder import read_rows
+from student_trainer.steady_teacher import IDENTITY_HOLDS_S
 from student_trainer.stopped import TeacherGone
 from student_trainer.study.toy import SPECIAL_TOKENS, build_toy_model
 from student_trainer.teacher_identity import TeacherMismatch
@@ -146,11 +147,11 @@ def test_a_teacher_that_stays_away_ends_the_run_which_can_go_on(tmp_path, models
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "undisturbed")
 
 
-def test_another_teacher_at_the_same_address_is_refused(tmp_path, models, servers, proxy):
+def test_another_teacher_at_the_same_address_is_refused(run, tmp_path, models, servers, proxy):
     def swap() -> None:
-        proxy._target_port = port_of(servers["other"])
         cut(proxy)
-        time.sleep(0.5)
+        run(proxy.move(port_of(servers["other"])))
+        time.sleep(1.2 * IDENTITY_HOLDS_S)
         proxy.faults = Faults()
 
     swapped = after_step(tmp_path / "run", 2, swap)
@@ -165,7 +166,7 @@ def test_another_teacher_at_the_same_address_is_refused(tmp_path, models, server
     ):
         train(config(tmp_path / "run", models, proxy), quiet=True)
     assert rows_of(tmp_path / "run")[-1]["step"] == num_done
-    proxy._target_port = port_of(servers["teacher"])
+    run(proxy.move(port_of(servers["teacher"])))
     train(config(tmp_path / "run", models, proxy), quiet=True)
     train(config(tmp_path / "undisturbed", models, proxy), quiet=True)
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "undisturbed")

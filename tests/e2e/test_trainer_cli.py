@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomli_w
 
-from student_trainer.config import dump_config, parse_config
 from student_trainer.study.toy import build_toy_model
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def config(tmp_path_factory) -> Path:
         "eval": {"num_problems": 10},
     }
     path = folder / "config.toml"
-    path.write_text(dump_config(parse_config(tables)))
+    path.write_text(tomli_w.dumps(tables))
     return path
 
 

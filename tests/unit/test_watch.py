@@ -158,7 +158,7 @@ def remove(path):
     ("damage", "file"),
     [
         (flip_a_byte, "model.safetensors"),
-        (truncate, "optimizer.pt"),
+        (truncate, "state/__0_0.distcp"),
         (remove, "trainer.json"),
         (truncate, "SHA256SUMS"),
     ],
@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, mode
         train(config(run, model, stop, steps=6), quiet=True)
     damage(run / "checkpoints" / "step-00000005" / file)
     train(config(run, model, steps=6), quiet=True)
-    (said,) = [record.message for record in caplog.records if "damaged" in record.message]
+    (said,) = [r.message for r in caplog.records if r.name.startswith("student_trainer") and "damaged" in r.message]
     assert f"{run}/checkpoints/step-00000005 is damaged: " in said
     assert file in said
     assert said.endswith("; going on from step-00000004")
