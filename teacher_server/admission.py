@@ -1,10 +1,13 @@
 """How much work may be in flight, and whose comes next: a budget of tokens and a bounded queue, fair between clients.
 
-The order is deficit round robin (Shreedhar and Varghese, "Efficient fair queuing using deficit round-robin", SIGCOMM
-1995): clients take turns, and each turn is worth the same number of tokens whatever the sizes of its items. The bound
-is a dynamic threshold (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches",
-IEEE/ACM ToN 1998): a client may have as much waiting as the queue has free, so there is always room for another. One
-alone has half the queue; n have an (n + 1)-th each.
+The order is start-time fair queueing (Goyal, Vin and Cheng, "Start-time fair queueing", SIGCOMM 1996, section 2): an
+item starts, on a clock that counts tokens, where the one before it of its client ended, or now if that is later; the
+earliest start is next. So two clients who both wait are given the same tokens to within their two largest items,
+whatever the sizes, and one that always has a few requests open is not passed by one that has many: turns of a fixed
+quantum, as in deficit round robin, give the latter a whole quantum for each of the former's requests. The bound is a
+dynamic threshold (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches", IEEE/ACM
+ToN 1998): a client may have as much waiting as the queue has free, so there is always room for another. One alone has
+half the queue; n have an (n + 1)-th each.
 """
 
 from __future__ import annotations
@@ -17,9 +20,6 @@ from dataclasses import dataclass, field
 
 from protos.errors import Overloaded
 from teacher_server.drain_rate import DrainRate
-
-QUANTUM = 2048
-"""Tokens of one turn: about one rollout with its prompt. A larger item saves up over several turns."""
 
 UNMEASURED_RETRY_AFTER_S = 1.0
 """What Overloaded advises before any rate is measured: about the time of one batch of scoring."""
@@ -40,15 +40,15 @@ class Ticket:
 
 @dataclass
 class _Waiting:
-    """One client's waiting tickets in order, their tokens, and what it may still take of its turn."""
+    """One client's waiting tickets in order, their tokens, and when on the clock of tokens the first one starts."""
 
+    start: int
     tickets: OrderedDict[Ticket, None] = field(default_factory=OrderedDict)
     num_tokens: int = 0
-    deficit: int = QUANTUM
 
 
 class Admission:
-    """Grants tickets while the tokens in flight stay within the budget, clients in turn and each client's in order.
+    """Grants tickets while the tokens in flight stay within the budget, fairly and each client's in order.
 
     An item larger than the budget enters alone; a request larger than half the queue counts as half when its client has
     nothing else waiting: neither could ever be served otherwise.
@@ -61,7 +61,9 @@ class Admission:
         self.tokens_in_flight = 0
         self._max_in_flight = max_tokens_in_flight
         self._max_queued = max_queued_tokens
-        self._round: OrderedDict[str, _Waiting] = OrderedDict()  # who waits; the first has its turn
+        self._waiting: dict[str, _Waiting] = {}
+        self._now = 0  # on the clock of tokens: the start of the last item granted
+        self._ends: dict[str, int] = {}  # of the last items of clients that no longer wait, where later than now
         self._drain_rate = DrainRate(clock)
 
     def admit(self, sizes: Sequence[int], client: str = "") -> list[Ticket]:
@@ -73,10 +75,12 @@ class Admission:
         assert sizes
         total = sum(sizes)
         self._check_room(total, client)
-        if not self._round:
+        if not self._waiting:
             self._drain_rate.restart()
         tickets = [Ticket(size, client) for size in sizes]
-        waiting = self._round.setdefault(client, _Waiting())
+        if client not in self._waiting:
+            self._waiting[client] = _Waiting(max(self._now, self._ends.pop(client, 0)))
+        waiting = self._waiting[client]
         waiting.tickets.update(dict.fromkeys(tickets))
         waiting.num_tokens += total
         self.tokens_queued += total
@@ -94,12 +98,14 @@ class Admission:
         else:
             self._leave_queue(ticket)
         self._grant()
+        if not self.tokens_in_flight:
+            self._ends.clear()  # an idle server owes nobody
 
     def _check_room(self, total: int, client: str) -> None:
         half = self._max_queued / 2
-        taken = sum(min(waiting.num_tokens, half) for waiting in self._round.values())
+        taken = sum(min(waiting.num_tokens, half) for waiting in self._waiting.values())
         room = min(self._max_queued - taken, half)
-        own = self._round[client].num_tokens if client in self._round else 0
+        own = self._waiting[client].num_tokens if client in self._waiting else 0
         wanted = own + total if own else min(total, half)
         if wanted <= room:
             return
@@ -118,30 +124,29 @@ class Admission:
         return min(max(excess_tokens / rate, least), most)
 
     def _grant(self) -> None:
-        while self._round:
+        while self._waiting:
             ticket = self._next()
             # What does not fit holds up all that comes after it: smaller items passing by would starve it.
             if self.tokens_in_flight and self.tokens_in_flight + ticket.num_tokens > self._max_in_flight:
                 return
-            self._round[ticket.client].deficit -= ticket.num_tokens
+            waiting = self._waiting[ticket.client]
+            self._now = waiting.start
+            waiting.start += ticket.num_tokens
+            self._ends = {client: end for client, end in self._ends.items() if end > self._now}
             self._leave_queue(ticket)
             self.tokens_in_flight += ticket.num_tokens
             ticket.granted.set()
 
     def _next(self) -> Ticket:
-        """The ticket whose turn it is; turns that are spent pass on, with a new quantum for the next round."""
-        while True:
-            client, waiting = next(iter(self._round.items()))
-            ticket = next(iter(waiting.tickets))
-            if ticket.num_tokens <= waiting.deficit:
-                return ticket
-            waiting.deficit += QUANTUM
-            self._round.move_to_end(client)
+        """The ticket that starts first; of several, that of the client that has waited longest."""
+        waiting = min(self._waiting.values(), key=lambda waiting: waiting.start)
+        return next(iter(waiting.tickets))
 
     def _leave_queue(self, ticket: Ticket) -> None:
-        waiting = self._round[ticket.client]
+        waiting = self._waiting[ticket.client]
         del waiting.tickets[ticket]
         waiting.num_tokens -= ticket.num_tokens
         self.tokens_queued -= ticket.num_tokens
         if not waiting.tickets:
-            del self._round[ticket.client]
+            self._ends[ticket.client] = waiting.start
+            del self._waiting[ticket.client]

@@ -16,7 +16,7 @@ from protos import codec
 from protos.errors import DeadlineExceeded, Overloaded
 from protos.records import ScoreItem, ScoreRequest
 from protos.wire import PROTOBUF_TYPE
-from teacher_server.admission import QUANTUM, Admission
+from teacher_server.admission import Admission
 from teacher_server.auth import SCORE, Access, Token, sha256_of
 from teacher_server.engines.base import Engine, ScoreRows, ScoreTask
 from tests.harness import HeldEngine, LoopThread, Server, core_over, serving, until
@@ -26,8 +26,7 @@ ACCESS = Access(
     (Token("large", sha256_of(LARGE), frozenset({SCORE})), Token("small", sha256_of(SMALL), frozenset({SCORE})))
 )
 ITEM = ScoreItem(np.arange(120, dtype=np.int32), np.arange(8, dtype=np.int32))
-"""128 tokens: 16 of them are one turn."""
-TURN = QUANTUM // 128
+"""128 tokens."""
 
 
 def test_one_item_overtakes_another_client_s_many(
@@ -49,8 +48,8 @@ def test_one_item_overtakes_another_client_s_many(
             await asyncio.gather(asking_small, asking_large)
             return held.completion_lengths
 
-    # The turn that was running ends, and then it is the small client's.
-    assert run(scenario()) == [8] * TURN + [1] + [8] * (64 - TURN)
+    # The item that was running ends, and then it is the small client's.
+    assert run(scenario()) == [8] + [1] + [8] * 63
 
 
 @dataclass
