@@ -65,6 +65,7 @@ bench: $(STAMP) ## the benchmarks, on a quiet machine
 	$(BIN)/python -m tests.bench.scoring --model tiny --model smollm2
 	$(BIN)/python -m tests.bench.prefix --model tiny --model smollm2
 	$(BIN)/python -m tests.bench.overlap
+	$(BIN)/python -m tests.bench.load
 	$(BIN)/python -m tests.bench.training
 	$(BIN)/python -m tests.bench.loss_memory
 	$(BIN)/python -m tests.bench.soak
