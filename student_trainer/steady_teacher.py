@@ -57,6 +57,7 @@ class SteadyTeacher:
         self._identified = time.monotonic()
         self._said = 0.0
         self._gone_since: float | None = None
+        self._num_failing = 0  # calls under way that have failed: the teacher is back when the last is answered
         self._waited_s = 0.0
 
     async def score(self, items: Sequence[ScoreItem], *, timeout_s: float) -> list[ScoreResult]:
@@ -105,22 +106,29 @@ class SteadyTeacher:
         """What `attempt` returns, made again until the teacher answers."""
         failed_at: float | None = None
         pause_s = FIRST_PAUSE_S
-        while True:
-            try:
-                result = await attempt()
-            except TeacherError as error:
-                if not (error.row.retryable or isinstance(error, EngineFailed)):
-                    raise
-                now = time.monotonic()
-                failed_at = failed_at or now
-                self._missed(error, now)
-                if now - failed_at >= self._max_wait_s:
-                    raise self._gone(error, now - failed_at) from error
-                await _pause(min(max(pause_s, error.retry_after_s or 0.0), failed_at + self._max_wait_s - now))
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            else:
-                self._answered()
-                return result
+        try:
+            while True:
+                try:
+                    result = await attempt()
+                except TeacherError as error:
+                    if not (error.row.retryable or isinstance(error, EngineFailed)):
+                        raise
+                    now = time.monotonic()
+                    if failed_at is None:
+                        failed_at = now
+                        self._num_failing += 1
+                    self._missed(error, now)
+                    if now - failed_at >= self._max_wait_s:
+                        raise self._gone(error, now - failed_at) from error
+                    await _pause(min(max(pause_s, error.retry_after_s or 0.0), failed_at + self._max_wait_s - now))
+                    pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                else:
+                    if failed_at is not None and self._num_failing == 1:
+                        self._answered()
+                    return result
+        finally:
+            if failed_at is not None:
+                self._num_failing -= 1
 
     def take_waited_s(self) -> float:
         """Seconds that the teacher was gone since this was last asked."""
