@@ -32,7 +32,7 @@ class ModelConfig(Section):
     lora: LoraConfig | None = None
     """None trains every weight; an empty table trains an adapter with the defaults."""
     gradient_checkpointing: bool = False
-    """Computes activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    """Computes activations again in the backward pass instead of keeping them: less memory, one more forward pass."""
     chat_template: str | None = None
     """For a base model that has none: "plain", "chatml", or a Jinja file. None keeps the model's own."""
     device: str = "auto"
