@@ -263,7 +263,8 @@ def test_stock_clients_share_the_queue(
 
         run(empty())
     assert client.completions.create(model="base", prompt=[1, 2], max_tokens=1).choices
-    assert admission.tokens_in_flight == admission.tokens_queued == 0
+    # The last byte of an answer is out a moment before its share is given back.
+    run(until(lambda: admission.tokens_in_flight == admission.tokens_queued == 0))
 
 
 @slow
