@@ -83,8 +83,8 @@ def save(
     def finish() -> None:
         with _all_or_nothing(partial, final):
             _write_model(partial, student, plain, adapter)
-            if isinstance(stage, Stateful):
-                torch.save(stage.state_dict(), partial / STAGE_FILE)
+            if stage_state is not None:
+                torch.save(stage_state, partial / STAGE_FILE)
             trainer = {"num_steps": num_steps, "schedule": schedule.state_dict()}
             (partial / TRAINER_FILE).write_text(json.dumps(trainer))
             seal(partial)
@@ -100,6 +100,7 @@ def save(
         _save_state(partial / STATE_FOLDER, _state(weights, optimizer))
     plain = plain_weights(student.model, student.dtype)
     adapter = adapter_weights(student.model)
+    stage_state = stage.state_dict() if isinstance(stage, Stateful) else None
     by_main(finish)
     by_main(lambda: [remove(old) for old in found(folder)[:-keep]])
     return final

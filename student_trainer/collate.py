@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from protos.records import PAD_ID, Int32
+from student_trainer.distributed import share
 from student_trainer.rollout.transformers import left_pad
 
 
@@ -126,13 +127,24 @@ class Batch:
             }
             yield Batch(**picked)
 
-    def updates(self, num_minibatches: int, num_epochs: int) -> Iterator[Batch]:
-        """The batch of each optimiser update: `num_epochs` passes over at most `num_minibatches` equal parts, in order.
+    def shares(self, num_minibatches: int) -> list[Batch]:
+        """This rank's share of each of at most `num_minibatches` equal parts, in order, of a batch that all ranks have.
 
-        Equal but for the last, which may have fewer sequences; an empty batch gives no update.
+        Equal but for the last, which may have fewer sequences; none of an empty batch. A rank without a sequence of
+        its own in some part has an idle one.
         """
-        for _ in range(num_epochs):
-            yield from self.split(max(1, -(-self.num_sequences // num_minibatches)))
+        parts = self.split(max(1, -(-self.num_sequences // num_minibatches)))
+        return [part.share() if share(range(part.num_sequences)) else part.rows(slice(1)).idle() for part in parts]
+
+    def share(self) -> Batch:
+        """This rank's share of a batch that all ranks have."""
+        rows = share(range(self.num_sequences))
+        return self.rows(slice(rows.start, rows.stop))
+
+    def rows(self, rows: slice) -> Batch:
+        """Those of the sequences, as wide as they are here."""
+        picked = {field.name: value[rows] for field in fields(self) if (value := getattr(self, field.name)) is not None}
+        return replace(self, **picked)
 
     def idle(self) -> Batch:
         """The same sequences with no token that counts: a forward and backward pass of no effect."""

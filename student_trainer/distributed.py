@@ -29,6 +29,9 @@ PATIENCE = timedelta(minutes=60)
 """How long a rank waits for another: longer than a teacher may be away, or than rank 0 writes a checkpoint. A rank that
 dies is noticed at once, by its closed connection and by torchrun."""
 
+KNOWN_TO_ALL = "(every process of the run knows that one has failed)"
+"""A note on an error that came out of an agreement."""
+
 
 def world_size() -> int:
     """How many processes train together."""
@@ -116,19 +119,27 @@ def means(values: Mapping[str, float], weight: float) -> dict[str, float]:
 def agreed(work: Callable[[], T]) -> T:
     """What `work` returned on this rank, once it has returned on every rank.
 
+    `work` may hold agreements of its own. A rank that failed before one of those has met there, with its outer one,
+    those who came to it; so an error that came out of an agreement is known to all, and goes on without another.
+
     Raises:
         PeerLost: it raised on another rank, whose own message says why; this rank's own error is raised as it is.
     """
+    if world_size() == 1:
+        return work()
     result, error = None, None
     try:
         result = work()
     except Exception as raised:
+        if KNOWN_TO_ALL in getattr(raised, "__notes__", ()):
+            raise
         error = raised
     failed = [index for index, is_failed in enumerate(gather(error is not None)) if is_failed]
+    if error is None and failed:
+        error = PeerLost(f"rank {rank()}: rank {failed[0]} could not go on; its own message says why")
     if error is not None:
+        error.add_note(KNOWN_TO_ALL)
         raise error
-    if failed:
-        raise PeerLost(f"rank {rank()}: rank {failed[0]} could not go on; its own message says why")
     return result  # pyright: ignore[reportReturnType]
 
 
@@ -188,6 +199,15 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """`tensor`, which every rank has whole, sharded as `model` is, without communication."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(model, DTensor):
+        return tensor
+    return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
 
 
 def _is_joined() -> bool:

@@ -15,6 +15,7 @@ from student_trainer import checkpoint, distributed
 from student_trainer.alarms import SKIPPED
 from student_trainer.collate import Batch
 from student_trainer.config import TrainConfig
+from student_trainer.in_step import micro_batches, num_tokens_of_all
 from student_trainer.lm_head import logit_chunks
 from student_trainer.losses import token_mean
 from student_trainer.masters import MasterWeights
@@ -61,23 +62,22 @@ class Learner:
         torch.manual_seed(derive_seed(self.seed, DROPOUT, draw))
         rows = [self._update(stage, batch) for batch in collected.updates()]
         row: Row = {name: sum(each[name] for each in rows) / len(rows) for name in rows[0]} if rows else {}
-        totals = {name: sum(each[name] for each in rows) for name in (SKIPPED, "watch_s")}
+        totals = {name: sum(each[name] for each in rows) for name in (SKIPPED, "watch_s", "num_tokens")}
         if totals[SKIPPED] < len(rows):
             self.schedule.step()
-        num_tokens = _of_all_ranks(collected.batch)
-        return {"num_tokens": num_tokens, "lr": lr, "num_updates": len(rows), **row, **totals}
+        totals["num_tokens"] //= collected.num_epochs
+        return {"lr": lr, "num_updates": len(rows), **row, **totals}
 
     def _update(self, stage: Stage, batch: Batch) -> Row:
         """Accumulates the batch's token mean over micro-batches and ranks, clips, and updates the weights once.
 
         An update whose loss or gradient is not finite is skipped: weights and optimiser stay as they were.
         """
-        model, num_tokens = self.student.model, _of_all_ranks(batch)
+        model, num_tokens = self.student.model, num_tokens_of_all(batch)
         model.train()
         row: Row = {"loss": 0.0}
         watch_s = 0.0
-        for micro in _in_step(list(batch.split(self.micro_batch_size))):
-            micro = micro.to(model.device)
+        for micro in micro_batches(batch, self.micro_batch_size, model.device):
             for logits_BTV, tokens in logit_chunks(model, self.student.head, micro):
                 loss = token_mean(stage.loss(logits_BTV, tokens), tokens.mask_BT, num_tokens)
                 loss.backward()
@@ -90,6 +90,7 @@ class Learner:
                 del logits_BTV, loss
         row = distributed.sums(row)
         row["watch_s"] = watch_s
+        row["num_tokens"] = num_tokens
         row["grad_norm"] = clip_by_global_norm(self.weights.named.values(), self.max_grad_norm)
         is_finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
         row[SKIPPED] = int(not is_finite)
@@ -110,13 +111,3 @@ class Learner:
         self.weights.publish()
         use_lr(self.schedule, self.lr)
         return num_steps
-
-
-def _of_all_ranks(batch: Batch) -> int:
-    """Completion tokens of the ranks' batches together."""
-    return int(distributed.sums({"tokens": batch.num_tokens})["tokens"])
-
-
-def _in_step(micros: list[Batch]) -> list[Batch]:
-    """As many micro-batches as the rank with the most has: sharded weights are gathered by all ranks at once."""
-    return micros + [micros[0].idle()] * (max(distributed.gather(len(micros))) - len(micros))

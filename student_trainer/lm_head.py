@@ -133,6 +133,9 @@ def logit_chunks(model: PreTrainedModel, head: LmHead, batch: Batch) -> Iterator
     """
     hidden_ND = completion_hidden(model, batch)
     gradient_ND = torch.zeros_like(hidden_ND)
+    if not batch.num_tokens and hidden_ND.requires_grad:
+        # Ranks reduce their gradients together, so an idle one needs those of the head as well: zeros.
+        head.logits(model, hidden_ND.detach().requires_grad_()).sum().backward()
     start = 0
     for tokens in batch.token_chunks(head.chunk_tokens):
         rows = slice(start, start + tokens.num_tokens)

@@ -87,8 +87,9 @@ def _go_on(run: RunFolder, config: TrainConfig, *, quiet: bool) -> Path | None:
                     collected = _collect(stage, step, save)
                     rewards = collected.rewards or [task.reward(r.problem, r.text) for r in collected.rollouts]
                     watched = watch_collected(collected, rewards, student.model, config)
-                data = distributed.means(collected.metrics, collected.batch.num_sequences)
-                watched = distributed.means(watched, collected.batch.num_sequences)
+                num_texts = len(collected.rollouts) or collected.batch.num_sequences
+                data = distributed.means(collected.metrics, num_texts)
+                watched = distributed.means(watched, num_texts)
                 row = full_row(step + 1, data, watched, learner.step(stage, collected), alarms.last_row)
                 row["step_s"] = time.perf_counter() - started
                 if _is_due(step + 1, config.eval.every_steps, config.steps):

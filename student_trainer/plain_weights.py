@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import PreTrainedModel
@@ -14,7 +14,8 @@ from student_trainer.lora import is_adapters_own, merged
 def plain_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """By the names of the model without an adapter, on the CPU; tensors that the model ties to others are left out.
 
-    Every rank calls it, and rank 0 alone gets them: one tensor at a time is made whole.
+    Every rank calls it, and rank 0 alone gets them: one tensor at a time is made whole, where the ranks do not hold the
+    whole model anyway (`distributed.gathered`).
 
     Args:
         dtype: of the floating-point ones; None leaves each its own.
@@ -22,16 +23,25 @@ def plain_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> d
     tied = model.all_tied_weights_keys.keys()
     return {
         name: tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in merged(model, _whole(model, model.state_dict().keys() - tied)).items()
+        for name, tensor in merged(model, _whole(model, lambda name: name not in tied)).items()
     }
 
 
 def adapter_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The adapter's own, likewise."""
-    return _whole(model, filter(is_adapters_own, model.state_dict()))
+    return _whole(model, is_adapters_own)
 
 
-def _whole(model: PreTrainedModel, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    state, kept = model.state_dict(), set(names)
-    tensors = ((name, whole(tensor)) for name, tensor in state.items() if name in kept)
+def _whole(model: PreTrainedModel, is_wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    tensors = ((name, whole(tensor)) for name, tensor in _state(model) if is_wanted(name))
     return {name: tensor.cpu() for name, tensor in tensors if is_main()}
+
+
+def _state(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """What `state_dict` holds, by its names; but its hooks would take apart what FSDP has gathered."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name, parameter.detach()
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        owner, _, own_name = name.rpartition(".")
+        if own_name not in model.get_submodule(owner)._non_persistent_buffers_set:
+            yield name, buffer

@@ -25,6 +25,7 @@ from protos.records import (
 )
 from protos.service import Detokenizer
 from student_trainer.client_thread import ClientThread
+from student_trainer.distributed import by_main
 from student_trainer.rollout.base import Rollout, SamplingParams
 from student_trainer.steady_teacher import SteadyTeacher
 from student_trainer.tasks import Problem
@@ -185,11 +186,16 @@ class Scorer:
     def send_weights(self, weights: Mapping[str, torch.Tensor]) -> int:
         """Has the teacher score with these weights from here on, and no other; returns their version.
 
+        Every rank calls it; rank 0 sends its weights for all.
+
         Raises:
             TeacherError: see `WeightsSync.send`.
             TeacherGone, TeacherMismatch: see `SteadyTeacher.take_weights`.
         """
-        return self._client.wait(self._steady.take_weights(partial(self._sync.send, weights)))
+        send = partial(self._sync.send, weights)
+        version = by_main(lambda: self._client.wait(self._steady.take_weights(send)))
+        self._steady.expect(version)
+        return version
 
     def take_waited_s(self) -> float:
         """See `SteadyTeacher.take_waited_s`."""

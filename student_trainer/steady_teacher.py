@@ -77,7 +77,7 @@ class SteadyTeacher:
         return await self._answers(lambda: self._teacher.generate(items, timeout_s=timeout_s))
 
     async def take_weights(self, send: Callable[[], Awaitable[int]]) -> int:
-        """Has `send` give the teacher new weights; answers must carry the version that it returns from here on.
+        """Has `send` give the teacher new weights, and expects the version that it returns from here on.
 
         Raises:
             TeacherMismatch, TeacherGone, Interrupted, TeacherError: as in `score`.
@@ -87,10 +87,15 @@ class SteadyTeacher:
             await self._found_the_same()
             return await send()
 
-        self._sent_version = await self._waited_for(attempt)
-        self._identity = replace(self._identity, weights_version=self._sent_version)
+        version = await self._waited_for(attempt)
+        self.expect(version)
+        return version
+
+    def expect(self, version: int) -> None:
+        """The teacher was sent weights of that version, here or by another rank: answers must carry it."""
+        self._sent_version = version
+        self._identity = replace(self._identity, weights_version=version)
         self._identified = time.monotonic()
-        return self._sent_version
 
     async def _answers(self, ask: Callable[[], Awaitable[list[Result]]]) -> list[Result]:
         async def attempt() -> list[Result]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from protos.errors import Conflict, InvalidRequest, PermissionDenied, TeacherError
 from protos.records import WeightsUpdate
 from protos.wire import MAX_CHUNK_BYTES
+from student_trainer import distributed
 from student_trainer.client_thread import ClientThread
 from student_trainer.plain_weights import plain_weights
 
@@ -41,9 +42,15 @@ class WeightsSync:
         self.version = served.get(self._teacher, client.info.weights_version)
         self._timeout_s = timeout_s
 
-    def push(self, model: PreTrainedModel) -> int:
-        """`send` of the model's weights, for a synchronous caller."""
-        return self._client.wait(self.send(plain_weights(model)))
+    def push(self, model: PreTrainedModel, dtype: torch.dtype) -> int:
+        """`send` of the model's weights in that dtype, for a synchronous caller.
+
+        Every rank calls it; rank 0 sends, once no rank can still be asking for the weights before.
+        """
+        weights = plain_weights(model, dtype)
+        distributed.agreed(lambda: None)
+        self.version = distributed.by_main(lambda: self._client.wait(self.send(weights)))
+        return self.version
 
     async def send(self, weights: Mapping[str, torch.Tensor]) -> int:
         """Sends these weights and returns their version, once later requests are answered by them.

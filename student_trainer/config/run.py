@@ -19,10 +19,6 @@ GROUP_SIZE = 8
 """Of GRPO, where none is given: DeepSeekMath (arXiv:2402.03300) takes 64, most recipes since take 8 or 16."""
 
 
-SHARED_STAGES = ("sft", "opd")
-"""Whose step several processes take together, each on its share of the problems."""
-
-
 class RolloutConfig(Section):
     """How the student writes."""
 
@@ -114,20 +110,10 @@ class TrainConfig(Section):
         """
         if num_ranks == 1:
             return
-        if self.stage.kind not in SHARED_STAGES:
-            raise ConfigError(
-                f"stage {self.stage.kind} learns in one process, and torchrun started {num_ranks}: start one; "
-                f"{' and '.join(SHARED_STAGES)} take several"
-            )
         if self.problems_per_step < num_ranks:
             raise ConfigError(
                 f"problems_per_step is {self.problems_per_step}, fewer than the {num_ranks} processes: raise it, or "
                 "start fewer"
-            )
-        if self.rollout.url is not None:
-            raise ConfigError(
-                f"rollout.url is {self.rollout.url}, and several processes send no weights to a server: leave it out, "
-                "and each writes its share of the rollouts"
             )
 
     @model_validator(mode="after")

@@ -1,5 +1,7 @@
 """Rollouts from a teacher server that runs the student's weights, pushed to it before each batch.
 
+Of several ranks the first pushes for all, and each asks for the rollouts of its own problems.
+
 The server's `Generate` gives the ids and their log-probs; the student's most likely ids come from a `Score` of the same
 texts there, one prefill that the server's prefix cache shortens, so that the trainer runs no forward of its own for a
 rollout. Both answers must carry the version that was pushed: nothing stale is used, and nobody else's weights.
@@ -55,6 +57,7 @@ class RemoteSampler(Sampler):
 
     def __init__(self, url: str, student: Student, *, max_context_tokens: int, timeout_s: float) -> None:
         self._model: PreTrainedModel = student.model
+        self._dtype = student.dtype
         self._tokenizer: PreTrainedTokenizerBase = student.tokenizer
         self._timeout_s = timeout_s
         self._client = ClientThread(url)
@@ -79,7 +82,7 @@ class RemoteSampler(Sampler):
             Conflict: somebody else has changed the server's weights meanwhile.
             TeacherError: the server failed.
         """
-        self._sync.push(self._model)
+        self._sync.push(self._model, self._dtype)
         prompts = [render_prompt(self._tokenizer, problem.messages) for problem in problems]
         asked = [
             self._client.start(self._written(number * params.num_samples, *one, params))

@@ -37,6 +37,8 @@ class TransformersSampler(Sampler):
         Raises:
             FloatingPointError: the model's logits are not finite.
         """
+        if not problems:  # of a step's further problems a rank may have none
+            return
         prompts = [render_prompt(self._tokenizer, problem.messages) for problem in problems]
         owners = [index for index in range(len(problems)) for _ in range(params.num_samples)]
         uniform_BT2 = streams(seeds, params.num_samples, params.max_new_tokens)

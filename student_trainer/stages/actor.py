@@ -1,4 +1,8 @@
-"""The step's rollouts and their rewards: what every stage learns from that learns from rewards."""
+"""The step's rollouts and their rewards: what every stage learns from that learns from rewards.
+
+Each rank writes and rewards its share of the problems and then has what the others wrote, so that all judge the same
+groups alike and draw the same further problems as one process would.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,9 @@ import numpy as np
 import torch
 
 from student_trainer.collate import Batch, collate
+from student_trainer.distributed import agreed, gather, share
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
-from student_trainer.seeds import further_seed, pick_at, places_of, seeds_at
+from student_trainer.seeds import further_seed, pick_at, seeds_at
 from student_trainer.stages.base import Metrics
 from student_trainer.tasks import Task
 
@@ -47,7 +52,7 @@ class Experience:
 
 
 class Actor:
-    """Writes each step's rollouts with the student's weights and has the task reward them.
+    """Writes each step's rollouts with the student's weights and has the task reward them; every rank calls it.
 
     Args:
         truncated: what becomes of a completion cut at the budget; see `PolicyStage.truncated`.
@@ -72,18 +77,17 @@ class Actor:
 
     def act(self, step: int) -> Experience:
         """Step s's rollouts and rewards."""
-        return self._act(places_of(step, self._problems_per_step), self._seed)
+        start = step * self._problems_per_step
+        return self._act(range(start, start + self._problems_per_step), self._seed)
 
     def act_further(self, step: int, places: Sequence[int]) -> Experience:
         """The same of further problems, at those places of a stream that is step s's own."""
         return self._act(places, further_seed(self._seed, step))
 
     def _act(self, places: Sequence[int], seed: int) -> Experience:
-        problems = pick_at(self._task.train, places, seed)
-        started = time.perf_counter()
-        rollouts = self._sampler.sample(problems, self._sampling, seeds=seeds_at(places, seed))
-        sampled = time.perf_counter()
-        rewards = [self._task.reward(rollout.problem, rollout.text) for rollout in rollouts]
+        parts = gather(agreed(lambda: self._written(share(places), seed)))
+        rollouts = [rollout for own, *_ in parts for rollout in own]
+        rewards = [reward for _, own, _ in parts for reward in own]
         finished_B = torch.tensor([rollout.is_finished for rollout in rollouts])
         reward_B = torch.tensor(rewards, dtype=torch.float32)
         is_masking = self._truncated == "mask"
@@ -94,9 +98,17 @@ class Actor:
             finished_B if is_masking else torch.ones_like(finished_B),
             {
                 "sampled_tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
-                "rollout_s": sampled - started,
+                "rollout_s": max(rollout_s for *_, rollout_s in parts),
             },
         )
+
+    def _written(self, places: Sequence[int], seed: int) -> tuple[list[Rollout], list[float], float]:
+        """Rollouts of the problems at those places, their rewards, and the seconds of writing."""
+        problems = pick_at(self._task.train, places, seed)
+        started = time.perf_counter()
+        rollouts = self._sampler.sample(problems, self._sampling, seeds=seeds_at(places, seed))
+        rollout_s = time.perf_counter() - started
+        return rollouts, [self._task.reward(rollout.problem, rollout.text) for rollout in rollouts], rollout_s
 
     def close(self) -> None:
         """Closes the connection to a remote sampler."""

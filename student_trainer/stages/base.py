@@ -18,11 +18,15 @@ Metrics = dict[str, float]
 class Collected:
     """One step's data.
 
+    Of several ranks each has a share of the problems; where they learn from rewards, which are judged together, each
+    has all of `batch`, `rollouts`, `metrics` and `rewards`, and its share of each update in `minibatches`.
+
     Attributes:
         batch: what to learn from.
         rollouts: what the student wrote; empty when it wrote nothing.
         metrics: of the data, by name.
-        num_minibatches, num_epochs: how many optimiser updates it is for; see `Batch.updates`.
+        minibatches: what each optimiser update of an epoch learns from, in order; None is all of `batch` at once.
+        num_epochs: passes over the minibatches.
         rewards: of the rollouts; empty where the stage has no use for them.
         full_vocabulary: the first rollouts with the teacher's log-probs of the whole vocabulary, where due.
     """
@@ -30,14 +34,16 @@ class Collected:
     batch: Batch
     rollouts: Sequence[Rollout] = ()
     metrics: Metrics = field(default_factory=dict)
-    num_minibatches: int = 1
+    minibatches: Sequence[Batch] | None = None
     num_epochs: int = 1
     rewards: Sequence[float] = ()
     full_vocabulary: Batch | None = None
 
     def updates(self) -> Iterator[Batch]:
         """The batch of each optimiser update of the step, in order; none when there is nothing to learn from."""
-        return self.batch.updates(self.num_minibatches, self.num_epochs)
+        whole = [self.batch] if self.batch.num_sequences else []
+        for _ in range(self.num_epochs):
+            yield from whole if self.minibatches is None else self.minibatches
 
 
 class Stage(Protocol):

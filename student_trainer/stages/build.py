@@ -151,7 +151,7 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
     if not isinstance(stage, OpsdStage) or stage.teacher == "frozen":
         return opd
     mean = RunningMean(stage.ema_decay or DEFAULT_DECAY) if stage.teacher == "ema" else None
-    return Opsd(opd, scorer, student.model, mean)
+    return Opsd(opd, scorer, student, mean)
 
 
 def build_sampler(config: RolloutConfig, student: Student, longest_prompt: int) -> Sampler:

@@ -6,28 +6,24 @@ DAPO (Yu et al. 2025, arXiv:2503.14476). The old log-probs are the sampler's.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
-from student_trainer.collate import Batch
 from student_trainer.config import GrpoStage
 from student_trainer.losses.policy import group_advantages
 from student_trainer.stages.actor import Actor, Experience, collate_written
 from student_trainer.stages.base import Collected, Metrics
+from student_trainer.stages.policy import Policy, collected
 from student_trainer.stages.surrogate import Reference, Surrogate
 
 
-class Grpo:
+class Grpo(Policy):
     """Groups of rollouts, each token with its sequence's advantage; `reference` is None without a KL term."""
 
     def __init__(
         self, config: GrpoStage, actor: Actor, surrogate: Surrogate, reference: Reference | None, *, group_size: int
     ) -> None:
+        super().__init__(actor, surrogate, reference)
         self._config = config
-        self._actor = actor
-        self._surrogate = surrogate
-        self._reference = reference
         self._group_size = group_size
 
     def collect(self, step: int) -> Collected:
@@ -46,22 +42,13 @@ class Grpo:
             num_draws += 1
         kept_B = experience.learnt_B & ~dropped_P.repeat_interleave(self._group_size)
         rollouts = [rollout for rollout, is_kept in zip(experience.rollouts, kept_B, strict=True) if is_kept]
-        batch = collate_written(rollouts, advantage_PG.flatten()[kept_B])
-        if self._reference and rollouts:
-            batch = dataclasses.replace(batch, reference_logp_BT=self._reference.log_probs(batch))
-        return Collected(
-            batch,
-            experience.rollouts,
-            {
-                **experience.metrics,
-                "groups_dropped": int(dropped_P.sum()),
-                "draws": num_draws,
-                "rollouts_masked": int((~experience.learnt_B).sum()),
-            },
-            num_minibatches=self._config.num_minibatches,
-            num_epochs=self._config.num_epochs,
-            rewards=experience.rewards,
-        )
+        batch = self._with_reference(collate_written(rollouts, advantage_PG.flatten()[kept_B]))
+        metrics: Metrics = {
+            "groups_dropped": int(dropped_P.sum()),
+            "draws": num_draws,
+            "rollouts_masked": int((~experience.learnt_B).sum()),
+        }
+        return collected(self._config, batch, experience, metrics)
 
     def _judged(self, experience: Experience) -> tuple[torch.Tensor, torch.Tensor]:
         """The advantages, [P, G], and which groups are left out, [P]: those whose rewards are equal."""
@@ -70,15 +57,3 @@ class Grpo:
         # Advantages are exactly 0 in such a group, and in no other.
         is_dropped_P = ~advantage_PG.any(-1) if self._config.drop_equal_groups else torch.zeros(len(reward_PG)).bool()
         return advantage_PG, is_dropped_P
-
-    def loss(self, logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """See `Surrogate.loss`."""
-        return self._surrogate.loss(logits_BTV, batch)
-
-    def watch(self, logits_BTV: torch.Tensor, batch: Batch) -> Metrics:
-        """See `Surrogate.watch`."""
-        return self._surrogate.watch(logits_BTV, batch)
-
-    def close(self) -> None:
-        """Closes the connection to a remote sampler."""
-        self._actor.close()

@@ -14,14 +14,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from student_trainer.collate import Batch
+from student_trainer.distributed import agreed, gather, is_main
 from student_trainer.plain_weights import plain_weights
 from student_trainer.scoring import Scorer
 from student_trainer.stages.base import Collected, Metrics
 from student_trainer.stages.opd import Opd
 from student_trainer.steady_teacher import WeightsLost
+from student_trainer.student import Student
 
 DEFAULT_DECAY = 0.99
 """Of a running mean where the config names none: it is of about the last hundred steps."""
@@ -65,14 +66,14 @@ class Opsd:
 
     Args:
         opd: scores by the server that `scorer` reaches, and begins no step before it is asked for.
-        model: the student.
-        mean: None for a teacher that is the student of now.
+        student: whose weights rank 0 sends for all.
+        mean: None for a teacher that is the student of now; rank 0 alone has it in memory.
     """
 
-    def __init__(self, opd: Opd, scorer: Scorer, model: PreTrainedModel, mean: RunningMean | None) -> None:
+    def __init__(self, opd: Opd, scorer: Scorer, student: Student, mean: RunningMean | None) -> None:
         self._opd = opd
         self._scorer = scorer
-        self._model = model
+        self._student = student
         self._mean = mean
 
     def collect(self, step: int) -> Collected:
@@ -80,9 +81,9 @@ class Opsd:
         started = time.perf_counter()
         version = self._send(step)
         sent_s = time.perf_counter() - started
-        try:
-            collected = self._opd.collect(step)
-        except WeightsLost:
+        collected = agreed(lambda: self._collected(step))
+        is_lost = any(gather(collected is None))
+        if is_lost or collected is None:
             version = self._send(step)
             collected = self._opd.collect(step)
         sent = {"teacher_version": float(version), "send_weights_s": sent_s}
@@ -106,9 +107,16 @@ class Opsd:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
-        if self._mean:
+        if self._mean and is_main():
             self._mean.load_state_dict(state_dict)
 
+    def _collected(self, step: int) -> Collected | None:
+        """None where the server was started anew since the weights were sent."""
+        try:
+            return self._opd.collect(step)
+        except WeightsLost:
+            return None
+
     def _send(self, step: int) -> int:
-        weights = plain_weights(self._model)
+        weights = plain_weights(self._student.model, self._student.dtype)
         return self._scorer.send_weights(self._mean.at(step, weights) if self._mean else weights)

@@ -20,61 +20,40 @@ from student_trainer.losses.policy import gae, whiten
 from student_trainer.stages.actor import Actor, collate_written
 from student_trainer.stages.base import Collected, Metrics
 from student_trainer.stages.critic import Critic
+from student_trainer.stages.policy import Policy, collected
 from student_trainer.stages.surrogate import Reference, Surrogate
 
 
-class Ppo:
+class Ppo(Policy):
     """Rollouts with the advantages that the critic gives their tokens; `reference` is None without a penalty."""
 
     def __init__(
         self, config: PpoStage, actor: Actor, surrogate: Surrogate, critic: Critic, reference: Reference | None
     ) -> None:
+        super().__init__(actor, surrogate, reference)
         self._config = config
-        self._actor = actor
-        self._surrogate = surrogate
         self._critic = critic
-        self._reference = reference
 
     def collect(self, step: int) -> Collected:
         """Step s's rollouts and advantages; the critic has learnt from them when it returns."""
         config, experience = self._config, self._actor.act(step)
         rollouts = [rollout for rollout, learnt in zip(experience.rollouts, experience.learnt_B, strict=True) if learnt]
-        metrics = experience.metrics | {"rollouts_masked": len(experience.rollouts) - len(rollouts)}
-        batch = collate_written(rollouts)
+        metrics: Metrics = {"rollouts_masked": len(experience.rollouts) - len(rollouts)}
+        batch = self._with_reference(collate_written(rollouts))
         if not rollouts:
-            return Collected(batch, experience.rollouts, metrics, rewards=experience.rewards)
-        if self._reference:
-            batch = dataclasses.replace(batch, reference_logp_BT=self._reference.log_probs(batch))
+            return collected(config, batch, experience, metrics)
         value_BT = self._critic.values(batch)
         reward_BT = token_rewards(batch, experience.reward_B[experience.learnt_B], config.kl_coefficient)
         advantage_BT = gae(reward_BT, value_BT, batch.mask_BT, gamma=config.gamma, gae_lambda=config.gae_lambda)
         target = dataclasses.replace(batch, old_value_BT=value_BT, return_BT=advantage_BT + value_BT)
-        fit = self._critic.fit(target, num_minibatches=config.num_minibatches, num_epochs=config.num_epochs)
-        return Collected(
-            dataclasses.replace(batch, advantage_BT=whiten(advantage_BT, batch.mask_BT)),
-            experience.rollouts,
-            metrics
-            | {
-                "value_loss": fit.loss,
-                "value_mean": float(value_BT[batch.mask_BT].mean()),
-                SKIPPED: fit.num_skipped,
-            },
-            num_minibatches=config.num_minibatches,
-            num_epochs=config.num_epochs,
-            rewards=experience.rewards,
-        )
-
-    def loss(self, logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """See `Surrogate.loss`."""
-        return self._surrogate.loss(logits_BTV, batch)
-
-    def watch(self, logits_BTV: torch.Tensor, batch: Batch) -> Metrics:
-        """See `Surrogate.watch`."""
-        return self._surrogate.watch(logits_BTV, batch)
-
-    def close(self) -> None:
-        """Closes the connection to a remote sampler."""
-        self._actor.close()
+        fit = self._critic.fit(target.shares(config.num_minibatches), num_epochs=config.num_epochs)
+        metrics |= {
+            "value_loss": fit.loss,
+            "value_mean": float(value_BT[batch.mask_BT].mean()),
+            SKIPPED: fit.num_skipped,
+        }
+        learnt = dataclasses.replace(batch, advantage_BT=whiten(advantage_BT, batch.mask_BT))
+        return collected(config, learnt, experience, metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """The critic's."""

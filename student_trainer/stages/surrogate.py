@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from transformers import PreTrainedModel
 
 from student_trainer import losses, monitor
 from student_trainer.collate import Batch
+from student_trainer.distributed import gathered
+from student_trainer.in_step import by_shares
 from student_trainer.losses import policy
 from student_trainer.sequence_logp import sequence_logp
 from student_trainer.stages.base import Metrics
@@ -77,8 +81,12 @@ class Reference:
         self._micro_batch_size = micro_batch_size
 
     def log_probs(self, batch: Batch) -> torch.Tensor:
-        """See `sequence_logp`."""
-        return sequence_logp(self._model, batch, temperature=self._temperature, micro_batch_size=self._micro_batch_size)
+        """See `sequence_logp`; of a batch that all ranks have."""
+        of_batch = partial(
+            sequence_logp, self._model, temperature=self._temperature, micro_batch_size=self._micro_batch_size
+        )
+        with gathered(self._model):
+            return by_shares(of_batch, batch)
 
 
 def _sampled(logp_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,10 @@ from student_trainer.stages.opsd import Opsd, RunningMean
 from student_trainer.student import load_student
 from student_trainer.study.toy import VOCABULARY, build_toy_model
 from student_trainer.tasks import Problem, build_task
-from teacher_server import auth
-from teacher_server.engines.transformers import TransformersEngine
-from teacher_server.teachers import Teachers
-from teacher_server.weights import ServedModel, WeightsAdmin
 from tests.chaos_proxy import ChaosProxy
-from tests.harness import LoopThread, Server, core_over, start_server
+from tests.harness import LoopThread, Server
+from tests.taking_weights import SECRET, taking_weights
 
-SECRET = "of-the-run"
-ACCESS = auth.Access((auth.Token("trainer", auth.sha256_of(SECRET), frozenset(auth.SCOPES)),))
 TIMES = {"rollout_s", "score_s", "step_s", "scored_tokens_per_s", "watch_s", "send_weights_s"}
 V = len(VOCABULARY)
 TEMPERATURE = 0.7
@@ -51,23 +46,6 @@ ATOL = 1e-4
 
 CLEARLY = 0.01
 """Nats by which other weights differ at least: a step of these tests moves log-probs by some hundredths."""
-
-
-@asynccontextmanager
-async def _taking_weights(model: Path, spool: Path) -> AsyncGenerator[Server, None]:
-    engine, teachers = TransformersEngine(str(model)), Teachers(("base",))
-    core = core_over(engine, model, teachers=teachers)
-    admin = WeightsAdmin(engine, teachers, ServedModel.find(str(model), None), spool=spool)
-    server = await start_server(None, access=ACCESS)
-    server.gate.open(core, admin=admin)
-    await server.listeners.set_ready(True)
-    try:
-        yield server
-    finally:
-        await server.stop()
-        await admin.close()
-        core.close()
-        await engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +62,7 @@ def started(run: LoopThread, model: Path, tmp_path: Path, monkeypatch: pytest.Mo
         def start() -> Server:
             spool = tmp_path / f"spool-{len(list(tmp_path.glob('spool-*')))}"
             spool.mkdir()
-            context = _taking_weights(model, spool)
+            context = taking_weights(model, spool)
             server = run(context.__aenter__())
             stack.callback(lambda: run(context.__aexit__(None, None, None)))
             return server

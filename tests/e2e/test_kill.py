@@ -16,6 +16,7 @@ from student_trainer.run_folder import read_rows
 from student_trainer.study.toy import build_toy_model
 from teacher_server.engines.transformers import TransformersEngine
 from tests.harness import LoopThread, core_over, start_server
+from tests.toy_run import toy_run
 from tests.warm import start_train
 
 pytestmark = pytest.mark.slow
@@ -49,20 +50,16 @@ def config(folder: Path, url: str) -> TrainConfig:
     model = build_toy_model(folder.parent / "student", hidden_size=32, num_layers=1)
     rule = {"signal": "lr", "above": 1.25e-3, "for_steps": 2, "action": "roll_back", "lr_scale": 0.4}
     tables = {
-        "run": str(folder),
         "steps": STEPS,
         "problems_per_step": 2,
-        "model": {"path": str(model)},
-        "task": {"kind": "toy", "train_size": 50, "held_out_size": 10},
         "teacher": {"url": url},
         "stage": {"kind": "opd", "loss": {"top_k": 5}},
         "rollout": {"max_new_tokens": 5},
         "optim": {"lr": 4e-3, "warmup_steps": 40},
-        "eval": {"num_problems": 2},
         "checkpoint": {"every_steps": 2},
         "watch": {"rules": [rule]},
     }
-    return parse_config(tables)
+    return parse_config(toy_run(folder, model, **tables))
 
 
 def num_rows(run: Path) -> int:

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from student_trainer import checkpoint
-from student_trainer.config import dump_config, parse_config
 from student_trainer.run_folder import read_rows
 from student_trainer.study.toy import build_toy_model
 from teacher_server.engines.transformers import TransformersEngine
 from tests.chaos_proxy import ChaosProxy, Faults
 from tests.harness import LoopThread, core_over, start_server
+from tests.toy_run import write_toy_run
 from tests.warm import start_command
 
 pytestmark = pytest.mark.slow
@@ -29,20 +29,14 @@ def model(tmp_path_factory):
 
 
 def write_config(folder: Path, model: Path, **tables) -> Path:
-    tables = {
-        "run": str(folder / "run"),
+    """A run that only a signal or a rule ends."""
+    endless = {
         "steps": 10_000,
         "problems_per_step": 4,
-        "model": {"path": str(model)},
-        "task": {"kind": "toy", "train_size": 50, "held_out_size": 10},
-        "stage": {"kind": "sft"},
         "rollout": {"max_new_tokens": 4},
-        "eval": {"num_problems": 2},
         "checkpoint": {"every_steps": 5000},
-    } | tables
-    path = folder / "config.toml"
-    path.write_text(dump_config(parse_config(tables)))
-    return path
+    }
+    return write_toy_run(folder, model, **endless | tables)
 
 
 def wait_for_step(run: Path, step: int) -> None:
