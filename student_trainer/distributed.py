@@ -23,6 +23,7 @@ from student_trainer.stopped import PeerLost
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=60)
@@ -201,13 +202,18 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_on_main(tensors: Mapping[K, torch.Tensor]) -> dict[K, torch.Tensor]:
+    """The tensors, whole and on the CPU, on rank 0, and none elsewhere; every rank calls it. One is whole at a time."""
+    return {key: tensor.cpu() for key, tensor in ((key, whole(part)) for key, part in tensors.items()) if is_main()}
+
+
 def sharded_like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """`tensor`, which every rank has whole, sharded as `model` is, without communication."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(model, DTensor):
         return tensor
-    return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+    return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
 
 
 def _is_joined() -> bool:

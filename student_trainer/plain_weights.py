@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers import PreTrainedModel
 
-from student_trainer.distributed import is_main, whole
+from student_trainer.distributed import whole_on_main
 from student_trainer.lora import is_adapters_own, merged
 
 
@@ -33,8 +33,7 @@ def adapter_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _whole(model: PreTrainedModel, is_wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
-    tensors = ((name, whole(tensor)) for name, tensor in _state(model) if is_wanted(name))
-    return {name: tensor.cpu() for name, tensor in tensors if is_main()}
+    return whole_on_main({name: tensor for name, tensor in _state(model) if is_wanted(name)})
 
 
 def _state(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 from student_trainer.config import TrainConfig
 
@@ -13,18 +15,21 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["__main__", "student_trainer.loop", "protos._http", "tests.warm"])
 
 
-def start_train(config: TrainConfig) -> ForkServerProcess:
-    """`loop.train` as a process of its own."""
-    process = _CONTEXT.Process(target=_train, args=(config,))
+def start(work: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+    """`work(*arguments)` as a process of its own."""
+    process = _CONTEXT.Process(target=work, args=arguments)
     process.start()
     return process
+
+
+def start_train(config: TrainConfig) -> ForkServerProcess:
+    """`loop.train` as a process of its own."""
+    return start(_train, config)
 
 
 def start_command(config: Path) -> ForkServerProcess:
     """`student-trainer train CONFIG` as a process of its own."""
-    process = _CONTEXT.Process(target=_command, args=("train", str(config)))
-    process.start()
-    return process
+    return start(_command, "train", str(config))
 
 
 def _train(config: TrainConfig) -> None:

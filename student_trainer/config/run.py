@@ -108,8 +108,6 @@ class TrainConfig(Section):
         Raises:
             ConfigError: the message says what to change.
         """
-        if num_ranks == 1:
-            return
         if self.problems_per_step < num_ranks:
             raise ConfigError(
                 f"problems_per_step is {self.problems_per_step}, fewer than the {num_ranks} processes: raise it, or "

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from student_trainer import distributed
 from student_trainer.collate import Batch, per_token
 from student_trainer.config import OptimConfig
-from student_trainer.distributed import sharded_like
+from student_trainer.distributed import sharded_like, whole_on_main
 from student_trainer.in_step import by_shares, micro_batches, num_tokens_of_all
 from student_trainer.losses import token_mean
 from student_trainer.losses.policy import clipped_value_loss
@@ -95,14 +95,10 @@ class Critic:
         return Fit(total / num_updates, num_skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and optimiser, whole on every rank; every rank calls it."""
+        """Weights and optimiser, whole, on rank 0; every rank calls it."""
         optimizer = self._optimizer.state_dict()
-        moments = {
-            index: {name: distributed.whole(value) for name, value in of_weight.items()}
-            for index, of_weight in optimizer["state"].items()
-        }
-        model = {name: distributed.whole(weight) for name, weight in self._model.state_dict().items()}
-        return {"model": model, "optimizer": optimizer | {"state": moments}}
+        moments = {index: whole_on_main(of_weight) for index, of_weight in optimizer["state"].items()}
+        return {"model": whole_on_main(self._model.state_dict()), "optimizer": optimizer | {"state": moments}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave, by however many ranks."""
