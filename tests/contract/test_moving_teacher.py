@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from protos.client import read_chunks
-from protos.errors import Conflict
+from protos.errors import Conflict, PermissionDenied
 from protos.records import WeightsUpdate
 from student_trainer import checkpoint
 from student_trainer.collate import completion_logits
@@ -34,8 +34,9 @@ from student_trainer.study.toy import VOCABULARY, build_toy_model
 from student_trainer.tasks import Problem, build_task
 from teacher_server import auth
 from teacher_server.engines.transformers import TransformersEngine
+from teacher_server.served_model import ServedModel
 from teacher_server.teachers import Teachers
-from teacher_server.weights import ServedModel, WeightsAdmin
+from teacher_server.weights import WeightsAdmin
 from tests.chaos_proxy import ChaosProxy
 from tests.harness import LoopThread, Server, core_over, start_server
 
@@ -301,6 +302,16 @@ def test_weights_that_somebody_else_has_sent_end_the_run(
         run(meddle())
         with pytest.raises(Conflict, match="has had weights of version 50; version 2 is not above it"):
             stage.collect(1)
+
+
+def test_a_server_that_takes_no_transfers_is_named_with_its_fix(model: Path, started: Any, tmp_path: Path) -> None:
+    tables = config_of(model, started().url("grpc"), tmp_path / "run", teacher="live").model_dump()
+    tables["teacher"]["weights_by"] = "transfer"
+    with (
+        running(parse_config(tables)) as (_, stage),
+        pytest.raises(PermissionDenied, match=r'takes none: .* --weights-transfer, or set weights_by to "stream"$'),
+    ):
+        stage.collect(0)
 
 
 @pytest.mark.parametrize(
