@@ -272,8 +272,33 @@ class ServedTeacher:
 
 
 @dataclass(frozen=True)
+class TransferredTensor:
+    """One tensor of a transfer; `dtype` as safetensors names it, for example "BF16"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WeightsTransfer:
+    """The model's tensors, broadcast by the sender (rank 0) to the engine's workers (ranks 1 and up) meanwhile.
+
+    Attributes:
+        backend: TeacherInfo.weights_transfer.
+        rendezvous: HOST:PORT of the sender's torch.distributed.TCPStore (gloo), or an ncclUniqueId in base64 (nccl).
+        tensors: in the order of the broadcasts.
+    """
+
+    backend: str
+    rendezvous: str
+    tensors: tuple[TransferredTensor, ...]
+
+
+@dataclass(frozen=True)
 class WeightsUpdate:
-    """New weights for a teacher, or a LoRA adapter as a new one; the safetensors bytes follow unless `path` is given.
+    """New weights for a teacher, or a LoRA adapter as a new one; the safetensors bytes follow unless there is another
+    source, `path` or `transfer`.
 
     Attributes:
         teacher: the served name; a new one for a new adapter.
@@ -282,6 +307,7 @@ class WeightsUpdate:
         adapter_config: the text of PEFT's adapter_config.json, for an adapter whose bytes follow; "" otherwise.
         ema_decay: d in [0, 1): the model's new weights are d · current + (1 - d) · these, kept in float32 from one
             update to the next; None for these alone.
+        transfer: how the model's tensors come instead; None for another source.
     """
 
     teacher: str
@@ -289,6 +315,7 @@ class WeightsUpdate:
     path: str = ""
     adapter_config: str = ""
     ema_decay: float | None = None
+    transfer: WeightsTransfer | None = None
 
 
 @dataclass(frozen=True)
@@ -305,6 +332,8 @@ class TeacherInfo:
         score_path: how rows are computed ("runner-rows", "official-fields", "forward").
         determinism: what equal requests may differ by, in words.
         served: the same teachers, with what each is.
+        weights_transfer: the backend of WeightsTransfer that the server takes, "gloo" or "nccl"; "" when it takes none.
+        num_workers: processes that share the model: the ranks of a transfer besides its sender.
     """
 
     teachers: tuple[str, ...]
@@ -327,6 +356,8 @@ class TeacherInfo:
     privileged_kinds: tuple[str, ...] = PRIVILEGED_KINDS
     reference_templates: tuple[str, ...] = ()
     served: tuple[ServedTeacher, ...] = ()
+    weights_transfer: str = ""
+    num_workers: int = 1
 
 
 def crc32_of(completion_ids: Int32) -> int:

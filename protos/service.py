@@ -53,7 +53,7 @@ class TeacherAdmin(Protocol):
         """What is served once the new weights are: in-flight requests finish on the old ones, later ones wait.
 
         Args:
-            chunks: one safetensors file's bytes in order; none where `update` has a path.
+            chunks: one safetensors file's bytes in order; none where `update` has a path or a transfer.
             timeout_s: until the caller no longer wants the change; a change that has begun by then is finished.
 
         Raises:

@@ -44,6 +44,26 @@ scored as it stands."""
 REQUEST_ID_HEADER = "x-request-id"
 """The request's id in the server's log: HTTP header or gRPC metadata, taken from the caller and sent back."""
 
+STORE_KEY = "workers"
+"""In the store where gloo's ranks meet: how many workers have come. A sender need not wait for those of a server
+that refused."""
+
+TENSOR_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""The types of transferred tensors: safetensors' name, and torch's for the same bytes."""
+
 _MAX_VARINT_BYTES = 5
 
 

@@ -30,7 +30,7 @@ from student_trainer.rollout.base import Rollout, SamplingParams
 from student_trainer.steady_teacher import SteadyTeacher
 from student_trainer.tasks import Problem
 from student_trainer.teacher_identity import TeacherMismatch
-from student_trainer.weights_sync import WeightsSync
+from student_trainer.weights_sync import Carry, WeightsSync, stream
 
 Item = TypeVar("Item", ScoreItem, GenerateItem)
 
@@ -63,6 +63,7 @@ class Scorer:
         tls: the files of a grpcs or https teacher; None for the defaults of `connect`.
         name: which of the server's teachers; None is its first.
         privileged: what the teacher sees of a problem and the student does not; None for nothing.
+        carry: how weights get to it.
 
     Attributes:
         info: what the teacher said of itself.
@@ -81,6 +82,7 @@ class Scorer:
         tls: Tls | None = None,
         name: str | None = None,
         privileged: Callable[[Problem], Privileged] | None = None,
+        carry: Carry = stream,
     ) -> None:
         self._url = url
         self._temperature = temperature
@@ -89,7 +91,7 @@ class Scorer:
         self._client = ClientThread(url, tls, name=name)
         self.info = self._client.info
         self._steady = SteadyTeacher(self._client.teacher, self.info, max_wait_s)
-        self._sync = WeightsSync(self._client, timeout_s=timeout_s)
+        self._sync = WeightsSync(self._client, carry=carry, timeout_s=timeout_s)
 
     def handshake(
         self,

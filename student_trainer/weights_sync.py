@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
+from typing import Protocol
 
 import torch
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
+from protos.client import Teacher
 from protos.errors import Conflict, InvalidRequest, PermissionDenied, TeacherError
-from protos.records import WeightsUpdate
+from protos.records import ServedTeacher, WeightsUpdate
 from protos.wire import MAX_CHUNK_BYTES
 from student_trainer import distributed
 from student_trainer.client_thread import ClientThread
@@ -18,6 +20,23 @@ from student_trainer.plain_weights import plain_weights
 
 RETRY_WAITS_S = (0.5, 2.0, 8.0)
 """Between attempts that failed for a reason which may pass."""
+
+
+class Carry(Protocol):
+    """A way to get weights to a server: one attempt at the update, whose header says only teacher and version."""
+
+    async def __call__(
+        self, teacher: Teacher, update: WeightsUpdate, weights: Mapping[str, torch.Tensor], timeout_s: float
+    ) -> ServedTeacher:
+        """What is served once they are."""
+        ...
+
+
+async def stream(
+    teacher: Teacher, update: WeightsUpdate, weights: Mapping[str, torch.Tensor], timeout_s: float
+) -> ServedTeacher:
+    """Carries them as the bytes of one safetensors file, inside the call itself."""
+    return await teacher.update_weights(update, _chunks(weights_file(weights)), timeout_s=timeout_s)
 
 
 class WeightsSync:
@@ -28,6 +47,7 @@ class WeightsSync:
 
     Args:
         client: a connection whose token has the scope `admin`.
+        carry: `stream`, or `weights_transfer.transfer`.
         teacher: the served name; "" is the server's first.
         timeout_s: for one attempt, in seconds.
 
@@ -35,8 +55,9 @@ class WeightsSync:
         version: of the last weights pushed, or of those the server had at the start.
     """
 
-    def __init__(self, client: ClientThread, *, teacher: str = "", timeout_s: float) -> None:
+    def __init__(self, client: ClientThread, *, carry: Carry = stream, teacher: str = "", timeout_s: float) -> None:
         self._client = client
+        self._carry = carry
         self._teacher = teacher or client.info.teachers[0]
         served = {one.name: one.weights_version for one in client.info.served}
         self.version = served.get(self._teacher, client.info.weights_version)
@@ -59,19 +80,21 @@ class WeightsSync:
             weights: as `plain_weights` names them.
 
         Raises:
-            PermissionDenied: the token has no admin scope.
+            PermissionDenied: the token has no admin scope, or the server takes no weights in this way.
             InvalidRequest: the server's model is another.
             TeacherError: the server refused the weights, or could not be reached in `len(RETRY_WAITS_S)` retries.
         """
-        self.version = await self._send(weights_file(weights))
+        self.version = await self._send(weights)
         return self.version
 
-    async def _send(self, file: bytes) -> int:
+    async def _send(self, weights: Mapping[str, torch.Tensor]) -> int:
         update = WeightsUpdate(self._teacher, self.version + 1)
         for wait_s in (*RETRY_WAITS_S, None):
             try:
-                served = await self._client.teacher.update_weights(update, _chunks(file), timeout_s=self._timeout_s)
+                served = await self._carry(self._client.teacher, update, weights, self._timeout_s)
             except PermissionDenied as error:
+                if error.field == "transfer":
+                    raise
                 raise PermissionDenied(
                     f"{self._client.teacher.url} must take the student's weights, and TEACHER_TOKEN has no admin scope "
                     f"there ({error}): start the server with --tokens and give the trainer a token with that scope"

@@ -33,6 +33,9 @@ class ServeConfig:
         max_adapters: LoRA adapters at a time; as many as `teacher` names when absent.
         max_lora_rank: The largest rank of an adapter.
         weights_root: The folder below which clients may name weights by path; no paths are taken when absent.
+        weights_transfer: Lets holders of an admin token have new weights broadcast from their process straight to the
+            engine's workers, over gloo, or over nccl from GPU to GPU (vllm). The workers connect to the address that
+            the token's holder names, and what comes from there is neither encrypted nor authenticated.
         tensor_parallel_size: GPUs that share the model (vllm).
         kv_cache_gib: Memory for the KV cache in GiB (vllm); what is free on the GPU when absent.
         threads: CPU threads of the engine; the libraries' own choice when absent.
@@ -71,6 +74,7 @@ class ServeConfig:
     max_adapters: int | None = None
     max_lora_rank: int = 64
     weights_root: Path | None = None
+    weights_transfer: Literal["gloo", "nccl"] | None = None
     tensor_parallel_size: int = 1
     kv_cache_gib: float | None = None
     threads: int | None = None
@@ -111,6 +115,10 @@ class ServeConfig:
             if not name or not folder or name in names:
                 raise ValueError(f"teacher is {text!r}; it must be NAME=FOLDER with a name of its own")
             names.append(name)
+        if self.weights_transfer is not None and self.engine != "vllm":
+            raise ValueError(
+                f"weights_transfer is {self.weights_transfer}; it needs the engine vllm, not {self.engine}"
+            )
         if self.weights_root is not None and not self.weights_root.is_dir():
             raise ValueError(f"weights_root is {self.weights_root}; it must be a folder that exists")
 

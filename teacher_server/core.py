@@ -115,6 +115,8 @@ class TeacherCore:
             engine_version=own.engine_version,
             score_path=own.score_path,
             determinism=own.determinism,
+            weights_transfer=own.weights_transfer,
+            num_workers=own.num_workers,
             reference_templates=tuple(REFERENCE_TEMPLATES),
         )
 

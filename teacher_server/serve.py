@@ -161,7 +161,8 @@ async def _adapters_served(
     if not config.adapters and not can_change:
         yield None
         return
-    from teacher_server.weights import ServedModel, WeightsAdmin
+    from teacher_server.served_model import ServedModel
+    from teacher_server.weights import WeightsAdmin
 
     with tempfile.TemporaryDirectory(prefix="teacher-server-") as spool:
         try:
@@ -208,6 +209,7 @@ async def _load_engine(config: ServeConfig) -> WeightsEngine:
             kv_cache_gib=config.kv_cache_gib,
             max_adapters=config.adapter_slots,
             max_lora_rank=config.max_lora_rank,
+            weights_transfer=config.weights_transfer,
         )
     import torch
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from teacher_server import auth
 from teacher_server.engines.transformers import TransformersEngine
+from teacher_server.served_model import ServedModel
 from teacher_server.teachers import Teachers
-from teacher_server.weights import ServedModel, WeightsAdmin
+from teacher_server.weights import WeightsAdmin
 from tests.harness import Server, core_over, start_server
 
 SECRET = "of-the-run"

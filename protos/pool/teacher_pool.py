@@ -25,7 +25,7 @@ from typing import TypeVar
 
 from protos import verify
 from protos.client import Teacher, read_chunks
-from protos.errors import DeadlineExceeded, TeacherError
+from protos.errors import DeadlineExceeded, InvalidRequest, TeacherError
 from protos.pool.dispatch import Dispatch, Send, Tally
 from protos.pool.fan_out import kept, on_all
 from protos.pool.members import Members
@@ -121,7 +121,15 @@ class TeacherPool(Teacher):
     async def update_weights(
         self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
     ) -> ServedTeacher:
-        """See TeacherAdmin and `protos.pool.fan_out.on_all`; a path must lead to the same file on every replica."""
+        """See TeacherAdmin and `protos.pool.fan_out.on_all`; a path must lead to the same file on every replica.
+
+        Raises:
+            InvalidRequest: a transfer, which is between its sender and one server.
+        """
+        if update.transfer is not None:
+            raise InvalidRequest(
+                f"{self._url} is a pool, and a transfer is to one server; send bytes", field="transfer"
+            )
         await self._members.agreed_info()
         async with kept(chunks) as path:
             return await on_all(

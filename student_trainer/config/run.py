@@ -10,7 +10,7 @@ from student_trainer.config.base import ConfigError, Section
 from student_trainer.config.model import ModelConfig, OptimConfig
 from student_trainer.config.privileged import PrivilegedConfig, TextPrivileged
 from student_trainer.config.stage import OpdStage, OpsdStage, SftStage, StageConfig, refuse_teacher_written
-from student_trainer.config.teacher import TeacherConfig
+from student_trainer.config.teacher import TeacherConfig, WeightsBy
 from student_trainer.config.tracking import TrackingConfig
 from student_trainer.config.watch import WatchConfig
 from student_trainer.tasks.config import TaskConfig
@@ -35,6 +35,8 @@ class RolloutConfig(Section):
     url: str | None = None
     """A teacher server of the student's own model that writes the rollouts, with weights pushed to it before each step;
     TEACHER_TOKEN needs the scope admin there. None writes them in this process."""
+    weights_by: WeightsBy = "stream"
+    """How weights get to `url`; see `teacher.weights_by`."""
     timeout_s: PositiveFloat = 300.0
     """For one push of weights to `url`, and for one step's rollouts from there."""
 

@@ -35,7 +35,7 @@ from student_trainer.scoring import TeacherMismatch
 from student_trainer.student import Student
 from student_trainer.tasks import Problem
 from student_trainer.text import render_prompt
-from student_trainer.weights_sync import WeightsSync
+from student_trainer.weights_sync import Carry, WeightsSync, stream
 
 Result = TypeVar("Result", GenerateResult, ScoreResult)
 
@@ -49,13 +49,16 @@ class RemoteSampler(Sampler):
     Args:
         url: as `protos.client.connect` takes it; its token needs the scopes generate, score and admin.
         timeout_s: for one push of weights, and for each request of one batch, which are all sent at once; in seconds.
+        carry: how weights get to the server.
 
     Raises:
         TeacherMismatch: the server's tokenizer or limits do not fit the student.
         TeacherError: the server could not be asked.
     """
 
-    def __init__(self, url: str, student: Student, *, max_context_tokens: int, timeout_s: float) -> None:
+    def __init__(
+        self, url: str, student: Student, *, max_context_tokens: int, timeout_s: float, carry: Carry = stream
+    ) -> None:
         self._model: PreTrainedModel = student.model
         self._dtype = student.dtype
         self._tokenizer: PreTrainedTokenizerBase = student.tokenizer
@@ -70,7 +73,7 @@ class RemoteSampler(Sampler):
         if problems:
             self._client.close()
             raise TeacherMismatch(f"rollout.url {url} does not fit this student:\n  " + "\n  ".join(problems))
-        self._sync = WeightsSync(self._client, timeout_s=timeout_s)
+        self._sync = WeightsSync(self._client, carry=carry, timeout_s=timeout_s)
 
     def stream(
         self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]

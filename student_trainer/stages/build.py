@@ -18,6 +18,7 @@ from student_trainer.config import (
     SftStage,
     TrainConfig,
 )
+from student_trainer.config.teacher import WeightsBy
 from student_trainer.privileged import num_context_tokens, privileged_of, refusals
 from student_trainer.rollout.base import Sampler, SamplingParams
 from student_trainer.rollout.remote import RemoteSampler
@@ -40,6 +41,8 @@ from student_trainer.tasks import Task
 from student_trainer.teacher_identity import TEACHER_FILE, TeacherIdentity, TeacherMismatch
 from student_trainer.text import render_prompt
 from student_trainer.traces import teacher_traces
+from student_trainer.weights_sync import Carry, stream
+from student_trainer.weights_transfer import transfer
 
 
 def build_stage(config: TrainConfig, student: Student, task: Task, *, quiet: bool = False) -> Stage:
@@ -99,6 +102,7 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
         tls=Tls(ca=config.teacher.ca) if config.teacher.ca else None,
         name=config.teacher.name,
         privileged=told,
+        carry=_carry(config.teacher.weights_by),
     )
     try:
         scorer.handshake(
@@ -167,7 +171,12 @@ def build_sampler(config: RolloutConfig, student: Student, longest_prompt: int) 
         student,
         max_context_tokens=longest_prompt + config.max_new_tokens,
         timeout_s=config.timeout_s,
+        carry=_carry(config.weights_by),
     )
+
+
+def _carry(by: WeightsBy) -> Carry:
+    return transfer if by == "transfer" else stream
 
 
 def _build_actor(config: TrainConfig, stage: PolicyStage, student: Student, task: Task) -> Actor:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from protos.records import FinishReason, Float32, Int32
+from protos.records import FinishReason, Float32, Int32, WeightsTransfer
 
 ALL_SUPPORTS = ("sampled", "top_k", "candidates", "entropy")
 """What a row may hold, by its name on the wire."""
@@ -35,6 +35,8 @@ class EngineInfo:
     engine_version: str
     score_path: str
     determinism: str
+    weights_transfer: str = ""
+    num_workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,27 @@ class WeightsEngine(Engine, Protocol):
     async def unload_adapter(self, adapter: Adapter) -> None:
         """Forgets `adapter`, which no task uses."""
         ...
+
+
+@runtime_checkable
+class TransferEngine(WeightsEngine, Protocol):
+    """An engine whose workers also take weights that a sender broadcasts to them (EngineInfo.weights_transfer)."""
+
+    async def receive_weights(self, transfer: WeightsTransfer, timeout_s: float) -> None:
+        """Puts the sender's tensors into the model, as `load_weights` does those of files.
+
+        Args:
+            transfer: checked against the model.
+            timeout_s: after which workers give up, where their backend can.
+
+        Raises:
+            WeightsUntouchedError: sender and workers did not meet.
+        """
+        ...
+
+
+class WeightsUntouchedError(RuntimeError):
+    """New weights did not come, and those of before are as they were."""
 
 
 class EngineDeadError(RuntimeError):

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import vllm
@@ -20,6 +20,8 @@ from starlette.types import ASGIApp
 from transformers import AutoConfig
 from vllm import RequestOutput, SamplingParams
 from vllm.config.lora import MaxLoRARanks
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
@@ -30,7 +32,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import exceptions as vllm_exceptions
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from protos.records import FinishReason, Float32
+from protos.records import FinishReason, Float32, WeightsTransfer
 from teacher_server.engines.base import (
     Adapter,
     Continuation,
@@ -40,9 +42,11 @@ from teacher_server.engines.base import (
     GenerateTask,
     ScoreRows,
     ScoreTask,
+    WeightsUntouchedError,
 )
 from teacher_server.engines.orphan import adopt_workers
 from teacher_server.engines.vllm_paths import OfficialFields, RunnerRows, ScorePath, prefill_params
+from teacher_server.engines.vllm_transfer import expected_tensors, rendezvous
 
 SCORING_WORKER = "teacher_server.engines.vllm_worker.ScoringWorker"
 SCORING_SCHEDULER = "teacher_server.engines.vllm_scheduler.ScoringScheduler"
@@ -83,6 +87,7 @@ OWNED_ARGS = frozenset(
         "scheduler_cls",
         "skip_tokenizer_init",
         "trust_remote_code",
+        "weight_transfer_config",
         "worker_cls",
     }
 )
@@ -111,6 +116,7 @@ class VllmEngine:
         kv_cache_gib: float | None = None,
         max_adapters: int = 0,
         max_lora_rank: int = 16,
+        weights_transfer: Literal["gloo", "nccl"] | None = None,
         seed: int = 0,
         engine_args: Mapping[str, Any] | None = None,
     ) -> VllmEngine:
@@ -124,6 +130,7 @@ class VllmEngine:
             kv_cache_gib: memory for the KV cache in GiB; None lets vLLM fill the GPU, or is CPU_KV_CACHE_GIB on a CPU.
             max_adapters: LoRA adapters loaded at a time; 0 leaves LoRA out of the model.
             max_lora_rank: the largest rank; vLLM reserves memory for `max_adapters` of the next rank that it knows.
+            weights_transfer: over what `receive_weights` takes weights; nccl is between GPUs.
             seed: of vLLM's global generator; samples have seeds of their own.
             engine_args: any other field of vLLM's `AsyncEngineArgs`, by name.
 
@@ -136,6 +143,8 @@ class VllmEngine:
             raise ValueError(f"engine_args may not set {sorted(owned)}: exact scoring rests on the engine's own values")
         if kv_cache_gib is None and current_platform.is_cpu() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             kv_cache_gib = CPU_KV_CACHE_GIB
+        if weights_transfer == "nccl" and current_platform.is_cpu():
+            raise ValueError('weights_transfer is "nccl", which needs GPUs, and this vLLM runs on the CPU; take "gloo"')
         args = AsyncEngineArgs(
             **{
                 "model": model,
@@ -156,6 +165,7 @@ class VllmEngine:
                 "disable_log_stats": True,
                 "use_tqdm_on_load": False,
                 "worker_cls": SCORING_WORKER,
+                "weight_transfer_config": weights_transfer and WeightTransferConfig(backend=weights_transfer),
             }
             | (_lora_args(max_adapters, max_lora_rank) if max_adapters else {})
             | extra
@@ -201,6 +211,8 @@ class VllmEngine:
             engine_version=vllm.__version__,
             score_path=path.name,
             determinism="equal requests agree to rounding: batching and the prefix cache change the order of sums",
+            weights_transfer=config.weight_transfer_config.backend if config.weight_transfer_config else "",
+            num_workers=config.parallel_config.world_size_across_dp,
         )
         try:
             llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
@@ -306,9 +318,20 @@ class VllmEngine:
         """See WeightsEngine; the prefix cache is emptied, since its keys and values are those of the old weights."""
         with _deaths_named():
             await self._llm.collective_rpc("replace_weights", args=([str(file) for file in files],))
-            # Requests that were cancelled may still be running: they would hold blocks, and the reset would not happen.
-            if not await self._llm.reset_prefix_cache(reset_running_requests=True):
-                raise RuntimeError("vLLM could not empty its prefix cache")
+            await self._forget_prefixes()
+
+    async def receive_weights(self, transfer: WeightsTransfer, timeout_s: float) -> None:
+        """See TransferEngine; nccl never gives up."""
+        where, expected = rendezvous(transfer, self._info.num_workers, timeout_s), expected_tensors(transfer)
+        with _deaths_named():
+            try:
+                await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(where))
+            except vllm_exceptions.EngineDeadError:
+                raise
+            except Exception as error:
+                raise WeightsUntouchedError(str(error)) from error
+            await self._llm.collective_rpc("receive_weights", args=(expected,))
+            await self._forget_prefixes()
 
     async def load_adapter(self, adapter: Adapter) -> None:
         """See WeightsEngine."""
@@ -334,6 +357,11 @@ class VllmEngine:
         client: Any = self._llm.engine_core
         # vLLM closes its sockets but leaves their ZeroMQ context, and the context's threads, behind.
         await asyncio.to_thread(client.resources.ctx.destroy, linger=0)
+
+    async def _forget_prefixes(self) -> None:
+        # Requests that were cancelled may still be running: they would hold blocks, and the reset would not happen.
+        if not await self._llm.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM could not empty its prefix cache")
 
     async def _run(self, prompt_ids: list[int], params: SamplingParams, adapter: Adapter | None) -> RequestOutput:
         """One request's final output; cancelling the caller aborts the request in the engine."""

@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader.weight_utils import safetensors_weights_it
 from vllm.platforms import current_platform
 from vllm.v1.outputs import ModelRunnerOutput
 
+from teacher_server.engines import vllm_transfer  # noqa: F401  (vLLM learns of the backend where workers run)
 from teacher_server.engines.orphan import end_with_server
 from teacher_server.engines.rows import RowsRequest, score_rows
 from teacher_server.engines.vllm_lora import GroupedLora, linear_modules
@@ -165,6 +166,20 @@ class ScoringWorker(_PlatformWorker):
         except BaseException:
             abandon_reload(self.model_runner.get_model())
             raise
+        repack_tied_heads(self.model_runner.get_model())
+
+    def receive_weights(self, expected: dict[str, Any]) -> None:
+        """Loads in place what the sender broadcasts that `init_weight_transfer_engine` met, and parts from it."""
+        try:
+            self.start_weight_update()
+            self.update_weights(expected)
+            self.finish_weight_update()
+        except BaseException:
+            self._weight_update_active = False
+            abandon_reload(self.model_runner.get_model())
+            raise
+        finally:
+            self.shutdown_weight_transfer_engine()
         repack_tied_heads(self.model_runner.get_model())
 
 

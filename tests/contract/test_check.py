@@ -21,8 +21,9 @@ from protos.records import (
     WeightsUpdate,
 )
 from protos.service import GenerateStream, ScoreStream
-from teacher_server import check as checks
-from teacher_server.check import Finding, check
+from teacher_server.check import CHECKS, Finding, check
+from teacher_server.check.examination import default_bound, examination
+from teacher_server.check.repeats import after_a_cache_hit
 from teacher_server.engines.base import Engine
 from teacher_server.reference import TransformersReference
 from tests.harness import LoopThread, Server, core_over, serving
@@ -88,7 +89,7 @@ def test_a_sound_teacher_passes_every_check(run: LoopThread, teacher: Teacher, t
     reference = TransformersReference(str(tiny_model), "float32")
     findings = run(check([teacher, teacher], seed=1, reference=reference))
     assert failed(findings) == set(), findings
-    assert len(findings) == len(checks.CHECKS) + 2 + 2
+    assert len(findings) == len(CHECKS) + 2 + 2
     assert all(finding.difference is not None for finding in findings)
 
 
@@ -96,8 +97,8 @@ def test_a_sound_teacher_passes_every_check(run: LoopThread, teacher: Teacher, t
 def test_the_cache_is_really_hit(run: LoopThread, vllm_server: Server) -> None:
     async def scenario() -> Finding:
         async with vllm_server.connect("grpc") as teacher:
-            exam = await checks.examination(teacher, seed=3, bound=None, timeout_s=60)
-            return await checks.after_a_cache_hit(exam)
+            exam = await examination(teacher, seed=3, bound=None, timeout_s=60)
+            return await after_a_cache_hit(exam)
 
     finding = run(scenario())
     assert finding.verdict == "pass"
@@ -272,8 +273,8 @@ def test_what_a_teacher_does_not_offer_is_said(run: LoopThread, transformers_ser
 
 
 def test_the_bound_follows_the_dtype() -> None:
-    assert checks.default_bound("float32") == 1e-4
-    assert checks.default_bound("bfloat16") == checks.default_bound("float16") == 5e-2
+    assert default_bound("float32") == 1e-4
+    assert default_bound("bfloat16") == default_bound("float16") == 5e-2
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from protos.client import read_chunks
-from protos.errors import Conflict
+from protos.errors import Conflict, PermissionDenied
 from protos.records import WeightsUpdate
 from student_trainer import checkpoint
 from student_trainer.collate import completion_logits
@@ -279,6 +279,16 @@ def test_weights_that_somebody_else_has_sent_end_the_run(
         run(meddle())
         with pytest.raises(Conflict, match="has had weights of version 50; version 2 is not above it"):
             stage.collect(1)
+
+
+def test_a_server_that_takes_no_transfers_is_named_with_its_fix(model: Path, started: Any, tmp_path: Path) -> None:
+    tables = config_of(model, started().url("grpc"), tmp_path / "run", teacher="live").model_dump()
+    tables["teacher"]["weights_by"] = "transfer"
+    with (
+        running(parse_config(tables)) as (_, stage),
+        pytest.raises(PermissionDenied, match=r'takes none: .* --weights-transfer, or set weights_by to "stream"$'),
+    ):
+        stage.collect(0)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import inspect
 import pickle
@@ -21,6 +22,13 @@ vllm = pytest.importorskip("vllm")
 import torch
 from vllm import RequestOutput, SamplingParams
 from vllm.config import VllmConfig
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+from vllm.distributed.device_communicators.pynccl_wrapper import NCCL_UNIQUE_ID_BYTES, NCCLLibrary, ncclUniqueId
+from vllm.distributed.utils import StatelessProcessGroup
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, uid_init_process_group
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.logprobs import FlatLogprobs
@@ -47,8 +55,9 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput, GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
-from protos.records import PAD_ID
+from protos.records import PAD_ID, TransferredTensor, WeightsTransfer
 from teacher_server.engines.base import Adapter, ScoreRows, ScoreTask
 from teacher_server.engines.rows import RowsRequest, to_plain
 from teacher_server.engines.vllm import (
@@ -64,7 +73,9 @@ from teacher_server.engines.vllm import (
 from teacher_server.engines.vllm_lora import GroupedLora
 from teacher_server.engines.vllm_paths import OfficialFields, RunnerRows
 from teacher_server.engines.vllm_scheduler import _needs_no_copy
+from teacher_server.engines.vllm_transfer import GlooWeightTransferEngine, expected_tensors, rendezvous
 from teacher_server.engines.vllm_worker import EXTRA_ARG, RowScoring, ScoringWorker
+from teacher_server.transfer import NCCL_ID_BYTES
 from tests.tiny_model import build_tiny_qwen3
 
 
@@ -244,6 +255,44 @@ def test_weights_are_reloaded_from_an_iterator() -> None:
     assert "dispatch_cpu_unquantized_gemm(layer, remove_weight=False)" in packing
     assert parameters(AsyncLLM.reset_prefix_cache)[1] == "reset_running_requests"
     assert parameters(AsyncLLM.collective_rpc)[1:4] == ["method", "timeout", "args"]
+
+
+def test_weights_come_by_vllm_s_transfer_engines() -> None:
+    """`VllmEngine.receive_weights` has a worker meet the sender, then `ScoringWorker.receive_weights` does the rest."""
+    assert 'kwargs={"init_info": request.init_info}' in source(AsyncLLM.init_weight_transfer_engine)
+    assert parameters(WeightTransferEngineFactory.create_engine) == ["config", "vllm_config", "device", "model"]
+    assert "WeightTransferEngineFactory.create_engine(" in source(Worker.load_model)
+    for step in ("start_weight_update", "update_weights", "finish_weight_update"):
+        assert f"self.weight_transfer_engine.{step}(" in source(getattr(Worker, step)) + source(
+            Worker._start_weight_update
+        )
+    assert "if self._weight_update_active:\n            raise" in source(Worker.shutdown_weight_transfer_engine)
+    assert WeightTransferConfig(backend="gloo").backend == "gloo"
+    assert WeightTransferEngineFactory._registry["gloo"]() is GlooWeightTransferEngine
+
+
+def test_vllm_s_nccl_engine_takes_what_a_transfer_says() -> None:
+    """By a unique id, and never by its store, which unpickles what a sender puts there; one tensor at a time."""
+    tensors = (TransferredTensor("a", "BF16", (2, 3)), TransferredTensor("b", "F32", ()))
+    unique_id = bytes(range(128))
+    transfer = WeightsTransfer("nccl", base64.b64encode(unique_id).decode(), tensors)
+    where = NCCLWeightTransferInitInfo(**rendezvous(transfer, 2, 60.0))
+    assert where.nccl_unique_id_bytes == unique_id
+    assert (where.rank_offset, where.world_size, where.packed, where.master_address) == (1, 3, False, None)
+    wanted = NCCLWeightTransferUpdateInfo(**expected_tensors(transfer))
+    assert (wanted.names, wanted.dtype_names, wanted.shapes) == (["a", "b"], ["bfloat16", "float32"], [[2, 3], []])
+    assert "pickle.loads" in source(StatelessProcessGroup.broadcast_obj)
+    receive = source(NCCLWeightTransferEngine.receive_weights)
+    assert "self.model_update_group.broadcast(\n                        weight, src=0" in receive
+    for step, does in (("start_weight_update", "initialize"), ("finish_weight_update", "finalize")):
+        assert f"{does}_layerwise_reload(self.model" in source(getattr(NCCLWeightTransferEngine, step))
+
+
+def test_a_sender_of_nccl_is_vllm_s_own_communicator() -> None:
+    assert parameters(uid_init_process_group) == ["nccl_unique_id_bytes", "rank", "world_size", "device"]
+    assert parameters(PyNcclCommunicator.broadcast) == ["self", "tensor", "src", "stream"]
+    assert len(bytes(ncclUniqueId())) == NCCL_UNIQUE_ID_BYTES == NCCL_ID_BYTES
+    assert parameters(NCCLLibrary.ncclGetUniqueId) == ["self"]
 
 
 def test_an_adapter_has_a_prefix_cache_of_its_own() -> None:

@@ -39,8 +39,9 @@ from teacher_server.engines.base import (
     WeightsEngine,
 )
 from teacher_server.metrics import Metrics
+from teacher_server.served_model import ServedModel
 from teacher_server.teachers import Teachers
-from teacher_server.weights import ServedModel, WeightsAdmin
+from teacher_server.weights import WeightsAdmin
 from tests.harness import EngineOver, LoopThread, Server, core_over, serving, start_server, until
 from tests.lora import build_adapter, merged_model, plain_model, sampled_logprobs
 from tests.readme import python_blocks, run_block

@@ -29,8 +29,11 @@ from protos.records import (
     SystemText,
     TeacherInfo,
     TokenizerFingerprint,
+    TransferredTensor,
     UserPrefix,
     UserSuffix,
+    WeightsTransfer,
+    WeightsUpdate,
 )
 from protos.teacher.v1 import teacher_pb2 as pb
 
@@ -160,6 +163,8 @@ INFO = st.builds(
     determinism=TEXT,
     privileged_kinds=NAMES,
     reference_templates=NAMES,
+    weights_transfer=TEXT,
+    num_workers=COUNT,
 )
 
 
@@ -222,6 +227,36 @@ DECODERS = [
     codec.decode_info,
     codec.decode_error,
 ]
+
+
+WEIGHTS_UPDATES = st.builds(
+    WeightsUpdate,
+    teacher=TEXT,
+    version=st.integers(-(2**63), 2**63 - 1),
+    path=TEXT,
+    adapter_config=TEXT,
+    ema_decay=st.none() | st.floats(allow_nan=False),
+    transfer=st.none()
+    | st.builds(
+        WeightsTransfer,
+        backend=TEXT,
+        rendezvous=TEXT,
+        tensors=st.lists(
+            st.builds(
+                TransferredTensor,
+                name=TEXT,
+                dtype=TEXT,
+                shape=st.lists(st.integers(0, 2**63 - 1), max_size=3).map(tuple),
+            ),
+            max_size=3,
+        ).map(tuple),
+    ),
+)
+
+
+@given(WEIGHTS_UPDATES)
+def test_weights_updates_round_trip(update: WeightsUpdate) -> None:
+    assert codec.decode_weights_part(codec.encode_weights_update(update)) == update
 
 
 @pytest.mark.parametrize("decode", DECODERS)

@@ -125,6 +125,9 @@ def test_agreeing_replicas_may_differ_in_engine_and_limits() -> None:
     assert not pool.exact_temperature
     assert pool.engine == "vllm; transformers"
     assert (pool.model, pool.tokenizer) == (INFO.model, INFO.tokenizer)
+    taking = replace(INFO, weights_transfer="gloo")
+    assert agreement.merged([taking]).weights_transfer == "gloo"
+    assert agreement.merged([taking, taking]).weights_transfer == ""  # a transfer is to one server
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ class GetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetInfoResponse(_message.Message):
-    __slots__ = ("teachers", "model", "revision", "weights_version", "tokenizer", "max_context_tokens", "max_top_k", "max_candidates", "max_items", "supports", "exact_temperature", "prefix_cache", "dtype", "engine", "engine_version", "score_path", "determinism", "privileged_kinds", "reference_templates", "served")
+    __slots__ = ("teachers", "model", "revision", "weights_version", "tokenizer", "max_context_tokens", "max_top_k", "max_candidates", "max_items", "supports", "exact_temperature", "prefix_cache", "dtype", "engine", "engine_version", "score_path", "determinism", "privileged_kinds", "reference_templates", "served", "weights_transfer", "num_workers")
     TEACHERS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,8 @@ class GetInfoResponse(_message.Message):
     PRIVILEGED_KINDS_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_TEMPLATES_FIELD_NUMBER: _ClassVar[int]
     SERVED_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
     teachers: _containers.RepeatedScalarFieldContainer[str]
     model: str
     revision: str
@@ -52,7 +54,9 @@ class GetInfoResponse(_message.Message):
     privileged_kinds: _containers.RepeatedScalarFieldContainer[str]
     reference_templates: _containers.RepeatedScalarFieldContainer[str]
     served: _containers.RepeatedCompositeFieldContainer[ServedTeacher]
-    def __init__(self, teachers: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_version: _Optional[int] = ..., tokenizer: _Optional[_Union[TokenizerFingerprint, _Mapping]] = ..., max_context_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_items: _Optional[int] = ..., supports: _Optional[_Iterable[str]] = ..., exact_temperature: _Optional[bool] = ..., prefix_cache: _Optional[bool] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., score_path: _Optional[str] = ..., determinism: _Optional[str] = ..., privileged_kinds: _Optional[_Iterable[str]] = ..., reference_templates: _Optional[_Iterable[str]] = ..., served: _Optional[_Iterable[_Union[ServedTeacher, _Mapping]]] = ...) -> None: ...
+    weights_transfer: str
+    num_workers: int
+    def __init__(self, teachers: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_version: _Optional[int] = ..., tokenizer: _Optional[_Union[TokenizerFingerprint, _Mapping]] = ..., max_context_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_items: _Optional[int] = ..., supports: _Optional[_Iterable[str]] = ..., exact_temperature: _Optional[bool] = ..., prefix_cache: _Optional[bool] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., score_path: _Optional[str] = ..., determinism: _Optional[str] = ..., privileged_kinds: _Optional[_Iterable[str]] = ..., reference_templates: _Optional[_Iterable[str]] = ..., served: _Optional[_Iterable[_Union[ServedTeacher, _Mapping]]] = ..., weights_transfer: _Optional[str] = ..., num_workers: _Optional[int] = ...) -> None: ...
 
 class ServedTeacher(_message.Message):
     __slots__ = ("name", "kind", "weights_version")
@@ -305,18 +309,40 @@ class UpdateWeightsRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[WeightsHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., chunk_crc32: _Optional[int] = ...) -> None: ...
 
 class WeightsHeader(_message.Message):
-    __slots__ = ("teacher", "version", "path", "adapter_config", "ema_decay")
+    __slots__ = ("teacher", "version", "path", "adapter_config", "ema_decay", "transfer")
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_CONFIG_FIELD_NUMBER: _ClassVar[int]
     EMA_DECAY_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
     teacher: str
     version: int
     path: str
     adapter_config: str
     ema_decay: float
-    def __init__(self, teacher: _Optional[str] = ..., version: _Optional[int] = ..., path: _Optional[str] = ..., adapter_config: _Optional[str] = ..., ema_decay: _Optional[float] = ...) -> None: ...
+    transfer: WeightsTransfer
+    def __init__(self, teacher: _Optional[str] = ..., version: _Optional[int] = ..., path: _Optional[str] = ..., adapter_config: _Optional[str] = ..., ema_decay: _Optional[float] = ..., transfer: _Optional[_Union[WeightsTransfer, _Mapping]] = ...) -> None: ...
+
+class WeightsTransfer(_message.Message):
+    __slots__ = ("backend", "rendezvous", "tensors")
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    RENDEZVOUS_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    backend: str
+    rendezvous: str
+    tensors: _containers.RepeatedCompositeFieldContainer[TransferredTensor]
+    def __init__(self, backend: _Optional[str] = ..., rendezvous: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TransferredTensor, _Mapping]]] = ...) -> None: ...
+
+class TransferredTensor(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class UpdateWeightsResponse(_message.Message):
     __slots__ = ("teacher",)
