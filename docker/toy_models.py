@@ -29,10 +29,11 @@ BASELINES = MODELS / "baselines.json"
 STUDENT_CONFIG = Path("/students/reverse.toml")
 """Names the held-out problems; every student's config names the same."""
 
-SIZES = Sizes(num_held_out=200)
-"""The demo's steps; fewer problems at the end of each run, whose accuracy nobody reads."""
+SIZES = Sizes(teacher_steps=200, num_held_out=100)
+"""The demo's student, and a teacher of two thirds of its steps (right on 98 of 100 unseen sums, not on 99.9); fewer
+problems at the end of each run, whose accuracy nobody reads."""
 
-GRPO_STEPS = 10
+GRPO_STEPS = 5
 
 
 def main() -> None:

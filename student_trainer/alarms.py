@@ -14,6 +14,9 @@ from student_trainer.roll_back import RollBack
 SKIPPED = "skipped_steps"
 """The metric that counts the run's skipped optimiser updates."""
 
+NOT_EVERY_STEP = ("eval/", "full/", "teacher_wait_s")
+"""How the signals begin that some steps log and others do not."""
+
 
 @dataclass(frozen=True)
 class Alarm:
@@ -164,7 +167,7 @@ def unknown_signals(rules: Sequence[Rule], row: Collection[str]) -> list[str]:
     """A sentence for each rule whose signal a step has not logged, for those that are watched at every step."""
     sentences = []
     for rule in rules:
-        if rule.signal not in row and not rule.signal.startswith(("eval/", "full/")):
+        if rule.signal not in row and not rule.signal.startswith(NOT_EVERY_STEP):
             close = difflib.get_close_matches(rule.signal, row, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             sentences.append(f"watch.rules: this run logs no {rule.signal!r}, so the rule never sounds{hint}")

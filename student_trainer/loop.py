@@ -10,15 +10,15 @@ from pathlib import Path
 
 from protos.errors import TeacherError
 from student_trainer import checkpoint, distributed, interrupt
-from student_trainer.alarms import Alarm, Alarms, unknown_signals
+from student_trainer.alarms import Alarm, Alarms
 from student_trainer.config import TrainConfig
-from student_trainer.config.watch import DEFAULT_RULES
+from student_trainer.doubts import Doubts
 from student_trainer.evaluate import Evaluation, evaluate
 from student_trainer.learner import Learner
 from student_trainer.progress import Progress
 from student_trainer.roll_back import adjusted, marks
 from student_trainer.rollout.transformers import TransformersSampler
-from student_trainer.run_folder import Row, RunFolder
+from student_trainer.run_folder import RunFolder
 from student_trainer.samples import sample_rows
 from student_trainer.stages import Collected, Stage, build_stage
 from student_trainer.stages.watch import full_row, watch_collected
@@ -68,6 +68,7 @@ def _go_on(run: RunFolder, config: TrainConfig, *, quiet: bool) -> Path | None:
     alarms = Alarms(config.watch, distributed.by_main(run.metrics), roll_backs)
     if alarm := alarms.standing():
         raise StoppedByRule(alarm.sentence)
+    doubts = Doubts(config)
     stage = build_stage(now, student, task, quiet=quiet)
     save = partial(_save, run, learner, stage, alarms, config)
     try:
@@ -108,8 +109,8 @@ def _go_on(run: RunFolder, config: TrainConfig, *, quiet: bool) -> Path | None:
                 interrupt.tell_ranks()
                 if interrupt.is_requested() or _is_due(step + 1, config.checkpoint.every_steps, config.steps):
                     save(step + 1)
-                if step == num_done:
-                    _doubt(config, row)
+                for sentence in doubts.of(row):
+                    logger.warning("%s", sentence)
     finally:
         stage.close()
     return checkpoint.found(run.checkpoints)[-1]
@@ -131,13 +132,6 @@ def _sound(alarms: Sequence[Alarm], run: RunFolder) -> Alarm | None:
         run.log_alarm(alarm.row())
         logger.warning("%s", alarm.sentence)
     return alarms[-1] if alarms else None
-
-
-def _doubt(config: TrainConfig, row: Row) -> None:
-    """Says which of the user's own rules can never sound."""
-    rules = [rule for rule in config.watch.rules if rule not in DEFAULT_RULES]
-    for sentence in unknown_signals(rules, row):
-        logger.warning("%s", sentence)
 
 
 def _save(run: RunFolder, learner: Learner, stage: Stage, alarms: Alarms, config: TrainConfig, num_steps: int) -> None:

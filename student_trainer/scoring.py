@@ -27,6 +27,7 @@ from protos.service import Detokenizer
 from student_trainer.client_thread import ClientThread
 from student_trainer.distributed import by_main
 from student_trainer.rollout.base import Rollout, SamplingParams
+from student_trainer.rollout.generated import generate_item
 from student_trainer.steady_teacher import SteadyTeacher
 from student_trainer.tasks import Problem
 from student_trainer.teacher_identity import TeacherMismatch
@@ -172,14 +173,11 @@ class Scorer:
             TeacherError, TeacherGone, TeacherMismatch: by the result; see `score`.
         """
         items = [
-            GenerateItem(
-                prompt=Chat(problem.messages) if prompts is None or self._privileged else prompts[place],
-                max_new_tokens=params.max_new_tokens,
-                temperature=params.temperature,
-                top_p=params.top_p,
-                num_samples=params.num_samples,
-                seed=seed,
-                privileged=self._privileged(problem) if self._privileged else None,
+            generate_item(
+                Chat(problem.messages) if prompts is None or self._privileged else prompts[place],
+                params,
+                seed,
+                self._privileged(problem) if self._privileged else None,
             )
             for place, (problem, seed) in enumerate(zip(problems, seeds, strict=True))
         ]

@@ -149,6 +149,25 @@ def core_over(
     )
 
 
+@contextmanager
+def served(run: LoopThread, model: Path) -> Iterator[str]:
+    """The gRPC URL of a server of the model in a folder, over the reference engine."""
+    from teacher_server.engines.transformers import TransformersEngine
+
+    engine = TransformersEngine(str(model))
+    servers = serving(core_over(engine, model))
+
+    async def start() -> str:
+        return (await servers.__aenter__()).url("grpc")
+
+    url = run(start())
+    try:
+        yield url
+    finally:
+        run(servers.__aexit__(None, None, None))
+        run(engine.close())
+
+
 @dataclass
 class EngineOver(Generic[_Engine]):
     """A real engine behind another, which its subclasses make different in one way; the inner one is its owner's."""

@@ -84,8 +84,3 @@ class RemoteModel:
     def _parts(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         limit = self.info.max_items
         return [items[start : start + limit] for start in range(0, len(items), limit)]
-
-
-def is_url(student: str) -> bool:
-    """Whether a student is named by URL, and not by path or Hub id."""
-    return "://" in student

@@ -11,12 +11,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from protos.fingerprint import differences, tokenizer_fingerprint
-from protos.records import PAD_ID, GenerateItem, Int32, ScoreItem, ScoreResult, TokenizerFingerprint, crc32_of
+from protos.records import PAD_ID, Int32, ScoreItem, ScoreResult, TokenizerFingerprint, crc32_of
 from student_trainer import losses, monitor
 from student_trainer.collate import collate, completion_logits
 from student_trainer.config import ConfigError, ModelConfig, TeacherConfig
 from student_trainer.probes.remote import RemoteModel
 from student_trainer.rollout.base import Rollout, SamplingParams
+from student_trainer.rollout.generated import generate_item, rollout_of
 from student_trainer.rollout.transformers import TransformersSampler
 from student_trainer.student import load_student
 from student_trainer.tasks import Problem
@@ -135,27 +136,9 @@ class RemoteStudent:
     def sample(self, problems: Sequence[Problem], params: SamplingParams, seeds: Sequence[int]) -> list[Rollout]:
         """See `ProbedStudent`."""
         prompts = [render_prompt(self.tokenizer, problem.messages) for problem in problems]
-        items = [
-            GenerateItem(
-                prompt,
-                max_new_tokens=params.max_new_tokens,
-                temperature=params.temperature,
-                top_p=params.top_p,
-                num_samples=params.num_samples,
-                seed=seed,
-            )
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+        items = [generate_item(prompt, params, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         return [
-            Rollout(
-                problem=problem,
-                prompt_ids=prompt,
-                completion_ids=sample.token_ids,
-                logprobs=sample.logprobs,
-                top_ids=np.empty((len(sample.token_ids), 0), np.int32),
-                is_finished=sample.finish_reason == "stop",
-                text=sample.text,
-            )
+            rollout_of(problem, prompt, sample)
             for problem, prompt, result in zip(problems, prompts, self._model.generate(items), strict=True)
             for sample in result.samples
         ]

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from protos.errors import Conflict
 from protos.fingerprint import differences
 from protos.records import (
-    GenerateItem,
     GenerateRequest,
     GenerateResult,
     Int32,
@@ -31,6 +30,7 @@ from protos.records import (
 )
 from student_trainer.client_thread import ClientThread
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
+from student_trainer.rollout.generated import generate_item, rollout_of
 from student_trainer.scoring import TeacherMismatch
 from student_trainer.student import Student
 from student_trainer.tasks import Problem
@@ -106,19 +106,11 @@ class RemoteSampler(Sampler):
         self, place: int, problem: Problem, prompt: Int32, seed: int, params: SamplingParams
     ) -> dict[int, Rollout]:
         """One problem's rollouts, the first of which has this place."""
-        item = GenerateItem(
-            prompt,
-            max_new_tokens=params.max_new_tokens,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            num_samples=params.num_samples,
-            seed=seed,
-        )
-        request = GenerateRequest((item,), min_weights_version=self._sync.version)
+        request = GenerateRequest((generate_item(prompt, params, seed),), min_weights_version=self._sync.version)
         [result] = self._of_this_version(await self._client.teacher.generate(request, timeout_s=self._timeout_s))
         tops = await self._top_ids(prompt, result.samples, params)
         pairs = zip(result.samples, tops, strict=True)
-        return {place + s: _rollout(problem, prompt, sample, top_TK) for s, (sample, top_TK) in enumerate(pairs)}
+        return {place + s: rollout_of(problem, prompt, sample, top_TK) for s, (sample, top_TK) in enumerate(pairs)}
 
     async def _top_ids(self, prompt: Int32, samples: Sequence[Sample], params: SamplingParams) -> list[Int32]:
         """int32 [T, K] for each sample."""
@@ -140,15 +132,3 @@ class RemoteSampler(Sampler):
                     f"pushed version {self._sync.version}: give each run a rollout server of its own"
                 )
         return results
-
-
-def _rollout(problem: Problem, prompt_ids: Int32, sample: Sample, top_ids: Int32) -> Rollout:
-    return Rollout(
-        problem=problem,
-        prompt_ids=prompt_ids,
-        completion_ids=sample.token_ids,
-        logprobs=sample.logprobs,
-        top_ids=top_ids,
-        is_finished=sample.finish_reason == "stop",
-        text=sample.text,
-    )

@@ -11,6 +11,7 @@ from protos.records import Int32
 from student_trainer.collate import Batch, collate
 from student_trainer.lm_head import logit_chunks
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
+from student_trainer.rollout.generated import rollout_of
 from student_trainer.scoring import Scorer
 from student_trainer.student import Student
 from student_trainer.tasks import Problem
@@ -48,15 +49,7 @@ class TeacherSampler(Sampler):
         batch = collate([prompt for _, prompt, _ in written], [sample.token_ids for *_, sample in written])
         tops = most_likely_ids(self._student, batch, params.top_ids, self._micro_batch_size)
         yield {
-            place: Rollout(
-                problem=problem,
-                prompt_ids=prompt,
-                completion_ids=sample.token_ids,
-                logprobs=sample.logprobs,
-                top_ids=top_TK,
-                is_finished=sample.finish_reason == "stop",
-                text=sample.text,
-            )
+            place: rollout_of(problem, prompt, sample, top_TK)
             for place, ((problem, prompt, sample), top_TK) in enumerate(zip(written, tops, strict=True))
         }
 

@@ -62,7 +62,7 @@ def _with_choices(place: str, columns: dict[str, Any], config: DatasetTask) -> t
     if not isinstance(prompt, str):
         raise ValueError(f"{place}: {config.prompt_column}: choices need a prompt of text, and this is {prompt!r}")
     if config.choices_column is None:
-        return shuffled(prompt, str(answer), [str(columns[column]) for column in config.wrong_columns])
+        return shuffled(prompt, str(answer).strip(), [str(columns[column]).strip() for column in config.wrong_columns])
     choices = [str(choice) for choice in columns[config.choices_column]]
     try:
         return lettered(prompt, choices), letter_of(answer, len(choices))

@@ -17,6 +17,7 @@ from protos.records import GenerateItem
 from student_trainer import checkpoint
 from student_trainer.collate import completion_logits
 from student_trainer.config import ConfigError, ModelConfig, TrainConfig, parse_config
+from student_trainer.doubts import Doubts
 from student_trainer.learner import Learner
 from student_trainer.loop import train
 from student_trainer.losses import forward_kl, log_probs
@@ -151,6 +152,34 @@ def test_a_mixed_run_keeps_the_writers_apart_and_resumes_bit_for_bit(
     assert rows_of(tmp_path / "resumed") == rows
     ours, theirs = (load_file(path / "model.safetensors") for path in (again, last))
     assert all(ours[name].equal(tensor) for name, tensor in theirs.items())
+
+
+def test_a_rule_is_doubted_by_steps_of_the_writer_whose_tokens_it_watches(
+    tmp_path: Path, models: dict[str, Path], teacher: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With this seed the teacher writes the first step and the student the second."""
+    seed = 8
+    assert [is_by_teacher(step, 0.5, seed) for step in range(2)] == [True, False]
+    signals = ("reward", "teacher_written/forward_kl", "reverse_ql", "teacher_written/reward")
+    config = config_of(
+        tmp_path,
+        models["student"],
+        teacher,
+        {"teacher_written": 0.5},
+        steps=2,
+        seed=seed,
+        watch={"rules": [{"signal": signal, "above": 1e9} for signal in signals]},
+    )
+    train(config, quiet=True)
+    said = [record.message for record in caplog.records if "never sounds" in record.message]
+    assert [sentence.split("'")[1] for sentence in said] == ["teacher_written/reward", "reverse_ql"]
+    assert said[1].endswith("did you mean 'reverse_kl'?")
+    # Of a teacher that writes every step, and of one that writes none, the first row tells everything.
+    for share, first in ((1.0, "reward"), (0.0, "teacher_written/forward_kl")):
+        stage = config.stage.model_copy(update={"teacher_written": share})
+        row = dict.fromkeys({*signals} - {first}, 0.0) | {"teacher_written": share}
+        [sentence] = Doubts(config.model_copy(update={"stage": stage})).of(row)
+        assert repr(first) in sentence
 
 
 def test_the_share_of_steps_that_the_teacher_writes() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from student_trainer.cli import app
 from student_trainer.config import ConfigError
 from student_trainer.study.toy import VOCABULARY, build_toy_model
 from student_trainer.tasks import ToyTask, build_task
-from teacher_server.engines.transformers import TransformersEngine
-from tests.harness import LoopThread, core_over, serving
+from tests.harness import LoopThread, served
 
 HIDDEN, FEATURES = 64, 32
 V = len(VOCABULARY)
@@ -98,20 +97,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def urls(run: LoopThread, models: dict[str, Path]):
     """A server of each model."""
-    stack = AsyncExitStack()
-    engines = {name: TransformersEngine(str(model)) for name, model in models.items()}
-
-    async def start() -> dict[str, str]:
-        started = {}
-        for name, engine in engines.items():
-            server = await stack.enter_async_context(serving(core_over(engine, models[name])))
-            started[name] = server.url("grpc")
-        return started
-
-    yield run(start())
-    run(stack.aclose())
-    for engine in engines.values():
-        run(engine.close())
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(served(run, model)) for name, model in models.items()}
 
 
 PROMPTS = [a + b for a in "+=;m" for b in "+=;m"]
