@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicCache
 
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
+from student_trainer.rollout.cache import roomy_cache
 from student_trainer.rollout.draw import draw, streams
 from student_trainer.tasks import Problem
 from student_trainer.text import render_prompt
@@ -82,7 +82,7 @@ class TransformersSampler(Sampler):
         eos = torch.tensor(self._eos_token_ids, device=device)
         position = prompt_mask.sum(-1, keepdim=True) - 1
         position_ids = (prompt_mask.cumsum(-1) - 1).clamp_min(0)
-        cache = DynamicCache(config=self._model.config)
+        cache = roomy_cache(self._model.config)
         rows = torch.arange(len(prompts), device=device)
         width = prompt_mask.shape[1]
         # Of the prompt and of every token that may follow: a step reads as far as it has come.

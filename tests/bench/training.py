@@ -1,6 +1,6 @@
 """A training step of on-policy distillation beside that of TRL's `DistillationTrainer`: seconds, memory, where they go.
 
-    python -m tests.bench.training [--repeats 5] [--steps 12]
+    python -m tests.bench.training [--budget 64] [--repeats 5] [--steps 12]
 
     ours           reverse KL over the whole vocabulary: TRL's default loss
     ours, top 20   the default loss of this project, on the student's 20 most likely ids
@@ -50,12 +50,22 @@ from tests.bench.scoring import interval
 from tests.bench.served import peak_bytes, reset_peak
 from tests.tiny_model import build_tiny_qwen3
 
-PROMPTS, BUDGET = 32, 64
+PROMPTS = 32
+MAX_CONTEXT_TOKENS = 1024
 LR = 1e-4
 WARM_STEPS = 2
 TASK = ToyTask(train_size=500, held_out_size=10)
 PARTS = ("rollout", "score", "loss", "step")
 NAMES = ("ours", "ours, top 20", "trl", "trl, 2 threads")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One side's run: its folder, how many steps, and the tokens that a completion may have."""
+
+    folder: Path
+    steps: int
+    budget: int
 
 
 @dataclass(frozen=True)
@@ -112,36 +122,36 @@ class Side:
     server: int = 0
 
 
-def ours(student: Path, server: Server, loss: dict[str, Any], folder: Path, steps: int) -> Side:
+def ours(student: Path, server: Server, loss: dict[str, Any], run: Run) -> Side:
     import protos._grpc  # noqa: F401  (else imported by the first request)
     from student_trainer.loop import train
     from student_trainer.run_folder import read_rows
 
     config = parse_config(
         {
-            "run": str(folder),
-            "steps": steps,
+            "run": str(run.folder),
+            "steps": run.steps,
             "problems_per_step": PROMPTS,
             "model": {"path": str(student)},
             "task": TASK.model_dump(),
             "stage": {"kind": "opd", "loss": loss},
             "teacher": {"url": server.url},
-            "rollout": {"max_new_tokens": BUDGET},
+            "rollout": {"max_new_tokens": run.budget},
             "optim": {"lr": LR, "warmup_steps": 0, "final_lr_share": 1.0, "micro_batch_size": PROMPTS},
             "eval": {"num_problems": 1},
-            "checkpoint": {"every_steps": steps},
+            "checkpoint": {"every_steps": run.steps},
         }
     )
     reset_peak(server.pid)
     clock, start = Clock(), reset_peak(os.getpid())
     train(config, quiet=True)
-    rows = read_rows(folder / "metrics.jsonl")[1:]
+    rows = read_rows(run.folder / "metrics.jsonl")[1:]
     seconds = clock.seconds([row["rollout_s"] for row in rows], [row["score_s"] for row in rows])
     tokens = statistics.mean(row["num_tokens"] for row in rows)
     return Side(seconds, tokens, clock.peak, start, peak_bytes(server.pid))
 
 
-def trl(student: Path, teacher: Path, threads: int, folder: Path, steps: int) -> Side:
+def trl(student: Path, teacher: Path, threads: int, run: Run) -> Side:
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", "TRL currently supports vLLM")
     from datasets import Dataset
@@ -164,10 +174,10 @@ def trl(student: Path, teacher: Path, threads: int, folder: Path, steps: int) ->
             return completions
 
     config = DistillationConfig(
-        output_dir=str(folder),
-        max_steps=steps,
+        output_dir=str(run.folder),
+        max_steps=run.steps,
         per_device_train_batch_size=PROMPTS,
-        max_completion_length=BUDGET,
+        max_completion_length=run.budget,
         beta=1.0,  # reverse KL
         learning_rate=LR,
         lr_scheduler_type="constant",
@@ -201,18 +211,18 @@ def trl(student: Path, teacher: Path, threads: int, folder: Path, steps: int) ->
     return Side(clock.seconds(rollout, score), statistics.mean(tokens), clock.peak, start)
 
 
-def measure(folder: Path, repeats: int, steps: int) -> dict[str, list[Side]]:
-    student, teacher = (build_tiny_qwen3(folder, seed=seed) for seed in (0, 1))
+def measure(folder: Path, repeats: int, steps: int, budget: int) -> dict[str, list[Side]]:
+    student, teacher = (build_tiny_qwen3(folder, seed=seed, max_context_tokens=MAX_CONTEXT_TOKENS) for seed in (0, 1))
     runs: dict[str, list[Side]] = {name: [] for name in NAMES}
     with teacher_process(teacher, folder / "server") as process:
         server = Server(process.wait()["grpc_url"], process.process.pid)
         for repeat in range(repeats):
-            place = folder / str(repeat)
+            each = [Run(folder / str(repeat) / name, steps, budget) for name in NAMES]
             works = (
-                partial(ours, student, server, {"kind": "reverse_kl"}, place / "ours", steps),
-                partial(ours, student, server, {}, place / "top", steps),
-                partial(trl, student, teacher, 1, place / "trl", steps),
-                partial(trl, student, teacher, 2, place / "trl2", steps),
+                partial(ours, student, server, {"kind": "reverse_kl"}, each[0]),
+                partial(ours, student, server, {}, each[1]),
+                partial(trl, student, teacher, 1, each[2]),
+                partial(trl, student, teacher, 2, each[3]),
             )
             # Each is first in its turn, so that what slows down over time slows all.
             for name, work in list(zip(NAMES, works, strict=True))[:: 1 if repeat % 2 else -1]:
@@ -220,9 +230,9 @@ def measure(folder: Path, repeats: int, steps: int) -> dict[str, list[Side]]:
     return runs
 
 
-def show(console: Console, runs: dict[str, list[Side]]) -> None:
+def show(console: Console, runs: dict[str, list[Side]], budget: int) -> None:
     num_repeats = len(runs["ours"])
-    table = Table(title=f"{PROMPTS} prompts, at most {BUDGET} tokens each; medians over {num_repeats} repeats, in MiB")
+    table = Table(title=f"{PROMPTS} prompts, at most {budget} tokens each; medians over {num_repeats} repeats, in MiB")
     for column in ("", "tokens", "s a step", *PARTS, "peak", "above start", "and server"):
         table.add_column(column, justify="right" if column else "left")
     for name, sides in runs.items():
@@ -253,12 +263,13 @@ def show(console: Console, runs: dict[str, list[Side]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        runs = measure(Path(folder), arguments.repeats, arguments.steps)
-    show(Console(), runs)
+        runs = measure(Path(folder), arguments.repeats, arguments.steps, arguments.budget)
+    show(Console(), runs, arguments.budget)
 
 
 if __name__ == "__main__":
