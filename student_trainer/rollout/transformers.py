@@ -14,9 +14,9 @@ from student_trainer.rollout.draw import draw, streams
 from student_trainer.tasks import Problem
 from student_trainer.text import render_prompt
 
-MIN_PIECE_TOKENS = 32
+MIN_PIECE_TOKENS = 128
 """What is still being written is handed over at half of the budget, at three quarters and so on, as long as at least so
-many tokens may follow: fewer are not worth a request."""
+many tokens may follow: on a small model a request costs a teacher about as much as 100 tokens in it."""
 
 PARTS = 8
 """In which a batch is handed over, at most: a request of its own for each of many rollouts costs more than it hides."""

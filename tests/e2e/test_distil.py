@@ -107,8 +107,9 @@ def test_a_teacher_shifted_by_one_position_does_not_go_unseen(models, teacher):
     assert shifted.nanmean() > 1e-2
 
 
-def test_a_rollout_scored_as_it_is_written_gets_the_scores_of_the_whole(models, teacher):
+def test_a_rollout_scored_as_it_is_written_gets_the_scores_of_the_whole(models, teacher, monkeypatch):
     """Half of the budget is 32 tokens: what comes so far is asked for in two pieces."""
+    monkeypatch.setattr("student_trainer.rollout.transformers.MIN_PIECE_TOKENS", 32)
     asked: list[int] = []
     wanted = Wanted(teacher_top_k=5, student_top_k=3)
     problems = build_task(ToyTask(train_size=50, held_out_size=10)).train[:16]

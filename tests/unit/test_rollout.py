@@ -115,8 +115,9 @@ def test_what_has_ended_is_handed_over_and_costs_nothing_more(model, sampler):
     assert ids_of(written[place] for place in range(24)) == ids_of(sampler.sample(PROBLEMS, params, seeds=SEEDS))
 
 
-def test_what_is_still_being_written_is_handed_over_at_a_half_and_at_three_quarters(sampler):
+def test_what_is_still_being_written_is_handed_over_at_a_half_and_at_three_quarters(sampler, monkeypatch):
     """Of 128 tokens, 64 may follow the first time and 32 the second; after that fewer than a piece has."""
+    monkeypatch.setattr("student_trainer.rollout.transformers.MIN_PIECE_TOKENS", 32)
     params = SamplingParams(max_new_tokens=128, num_samples=40, top_ids=3)
     parts = list(sampler.stream(PROBLEMS, params, seeds=SEEDS))
     beginnings = [part for part in parts if not all(rollout.is_whole for rollout in part.values())]
