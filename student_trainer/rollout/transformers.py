@@ -70,7 +70,7 @@ class TransformersSampler(Sampler):
     @torch.inference_mode()
     def _decode(
         self, prompts: Sequence[np.ndarray], params: SamplingParams, uniform_BT2: torch.Tensor
-    ) -> Iterator[tuple[bool, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    ) -> Iterator[tuple[bool, torch.Tensor, *tuple[torch.Tensor, ...]]]:
         """Rows that have ended at the same token, after True, and their ids, log-probs and top ids, on the CPU; and
         after False those that are to be handed over before they end.
 

@@ -23,6 +23,7 @@ def test_it_holds_what_transformers_own_cache_holds(tmp_path):
         for got, expected in zip(roomy.update(keys, values, 0), plain.update(keys, values, 0), strict=True):
             assert torch.equal(got, expected)
         assert roomy.get_seq_length() == plain.get_seq_length() == t + 3
+        assert layer.keys is not None
         buffers.add(layer.keys.data_ptr())
         if t in (1, ROOM + 5):
             stays = torch.arange(num_rows) != 1
