@@ -126,20 +126,22 @@ def full_vocabulary(top_ids_BTV: Tensor, top_logp_BTV: Tensor, mask_BT: Tensor) 
     """
     check_same_shape(top_ids_BTV=top_ids_BTV, top_logp_BTV=top_logp_BTV)
     check_same_shape(top_ids_BTV=top_ids_BTV[..., 0], mask_BT=mask_BT)
-    check_present(top_logp_BTV, mask_BT[..., None].expand_as(top_logp_BTV))
     vocab_size = top_ids_BTV.shape[-1]
-    every_id = torch.arange(vocab_size, device=top_ids_BTV.device)
-    ids_BTV = torch.where(mask_BT[..., None], top_ids_BTV.long(), every_id)
+    ids_BTV, logp_BTV = top_ids_BTV.long(), top_logp_BTV
+    if not mask_BT.all():
+        ids_BTV = torch.where(mask_BT[..., None], ids_BTV, torch.arange(vocab_size, device=ids_BTV.device))
+        logp_BTV = logp_BTV.masked_fill(~mask_BT[..., None], -math.log(vocab_size))
     _check_in_vocabulary(ids_BTV, vocab_size)
-    seen_BTV = torch.zeros_like(ids_BTV, dtype=torch.bool).scatter_(-1, ids_BTV, True)
-    if not seen_BTV.all():
-        *position, missing_id = (~seen_BTV).nonzero()[0].tolist()
-        num_distinct = int(seen_BTV[tuple(position)].sum())
+    ordered_BTV = torch.full_like(logp_BTV, torch.nan).scatter_(-1, ids_BTV, logp_BTV)
+    if ordered_BTV.isnan().any():
+        check_present(top_logp_BTV, mask_BT[..., None].expand_as(top_logp_BTV))
+        # No log-prob is missing, so an id is.
+        *position, missing_id = ordered_BTV.isnan().nonzero()[0].tolist()
+        num_distinct = vocab_size - int(ordered_BTV[tuple(position)].isnan().sum())
         raise ValueError(
             f"position {tuple(position)} holds {num_distinct} distinct ids of {vocab_size}: {missing_id} is missing"
         )
-    logp_BTV = top_logp_BTV.masked_fill(~mask_BT[..., None], -math.log(vocab_size))
-    return torch.empty_like(logp_BTV).scatter_(-1, ids_BTV, logp_BTV)
+    return ordered_BTV
 
 
 def _distinct(ids_BTS: Tensor) -> Support:
@@ -150,7 +152,7 @@ def _distinct(ids_BTS: Tensor) -> Support:
 
 
 def _check_in_vocabulary(ids: Tensor, vocab_size: int) -> None:
-    outside = (ids < 0) | (ids >= vocab_size)
-    if outside.any():
-        first = outside.nonzero()[0].tolist()
+    lowest, highest = (int(bound) for bound in ids.aminmax()) if ids.numel() else (0, 0)
+    if lowest < 0 or highest >= vocab_size:
+        first = ((ids < 0) | (ids >= vocab_size)).nonzero()[0].tolist()
         raise ValueError(f"id {int(ids[tuple(first)])} at {tuple(first)} is outside the vocabulary of {vocab_size}")

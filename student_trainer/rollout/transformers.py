@@ -7,12 +7,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicCache
 
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
+from student_trainer.rollout.cache import roomy_cache
 from student_trainer.rollout.draw import draw, streams
 from student_trainer.tasks import Problem
 from student_trainer.text import render_prompt
+
+MIN_PIECE_TOKENS = 128
+"""What is still being written is handed over at half of the budget, at three quarters and so on, as long as at least so
+many tokens may follow: on a small model a request costs a teacher about as much as 100 tokens in it."""
 
 PARTS = 8
 """In which a batch is handed over, at most: a request of its own for each of many rollouts costs more than it hides."""
@@ -28,7 +32,6 @@ class TransformersSampler(Sampler):
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
 
-    @torch.no_grad()
     def stream(
         self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]
     ) -> Iterator[dict[int, Rollout]]:
@@ -46,11 +49,15 @@ class TransformersSampler(Sampler):
         self._model.eval()
         ended: dict[int, Rollout] = {}
         try:
-            for rows, *arrays in self._decode([prompts[owner] for owner in owners], params, uniform_BT2):
-                ended |= {
-                    row: self._rollout(problems[owners[row]], prompts[owners[row]], *of_row)
+            for is_whole, rows, *arrays in self._decode([prompts[owner] for owner in owners], params, uniform_BT2):
+                written = {
+                    row: self._rollout(problems[owners[row]], prompts[owners[row]], *of_row, is_whole=is_whole)
                     for row, *of_row in zip(rows.tolist(), *(array.numpy() for array in arrays), strict=True)
                 }
+                if not is_whole:
+                    yield written
+                    continue
+                ended |= written
                 if len(ended) * PARTS >= len(owners):
                     yield ended
                     ended = {}
@@ -62,29 +69,35 @@ class TransformersSampler(Sampler):
     def close(self) -> None:
         """Nothing to free."""
 
+    @torch.inference_mode()
     def _decode(
         self, prompts: Sequence[np.ndarray], params: SamplingParams, uniform_BT2: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Rows that have ended at the same token, and their ids, log-probs and top ids, on the CPU.
+    ) -> Iterator[tuple[bool, torch.Tensor, *tuple[torch.Tensor, ...]]]:
+        """Rows that have ended at the same token, after True, and their ids, log-probs and top ids, on the CPU; and
+        after False those that are to be handed over before they end.
 
         A row leaves the batch with its last token, and its keys and values leave the cache.
         """
-        device = self._model.device
-        input_ids, mask = left_pad(prompts, self._eos_token_ids[0])
-        input_ids, mask, uniform_BT2 = input_ids.to(device), mask.to(device), uniform_BT2.to(device)
+        device, budget = self._model.device, params.max_new_tokens
+        input_ids, prompt_mask = left_pad(prompts, self._eos_token_ids[0])
+        input_ids, prompt_mask, uniform_BT2 = input_ids.to(device), prompt_mask.to(device), uniform_BT2.to(device)
         eos = torch.tensor(self._eos_token_ids, device=device)
-        position = mask.sum(-1, keepdim=True) - 1
-        position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
-        cache = DynamicCache(config=self._model.config)
+        position = prompt_mask.sum(-1, keepdim=True) - 1
+        position_ids = (prompt_mask.cumsum(-1) - 1).clamp_min(0)
+        cache = roomy_cache(self._model.config)
         rows = torch.arange(len(prompts), device=device)
-        ids_BT = torch.empty((len(prompts), params.max_new_tokens), dtype=torch.int64, device=device)
+        width = prompt_mask.shape[1]
+        # Of the prompt and of every token that may follow: a step reads as far as it has come.
+        mask = torch.cat([prompt_mask, prompt_mask.new_ones((len(prompts), budget))], -1)
+        ids_BT = mask.new_empty((len(prompts), budget))
         logp_BT = torch.empty(ids_BT.shape, device=device)
-        top_BTK = torch.empty((*ids_BT.shape, params.top_ids), dtype=torch.int64, device=device)
-        for t in range(params.max_new_tokens):
+        top_BTK = mask.new_empty((*ids_BT.shape, params.top_ids))
+        remaining = budget
+        for t in range(budget):
             logits_BV = (
                 self._model(
                     input_ids=input_ids,
-                    attention_mask=mask,
+                    attention_mask=mask[:, : width + t],
                     position_ids=position_ids,
                     past_key_values=cache,
                     use_cache=True,
@@ -94,28 +107,41 @@ class TransformersSampler(Sampler):
                 .float()
             )
             logp_BV = (logits_BV / (params.temperature or 1.0)).log_softmax(-1)
-            token_B = draw(logp_BV, params, uniform_BT2[rows, t])
-            ids_BT[rows, t] = token_B
-            logp_BT[rows, t] = logp_BV.gather(-1, token_B[:, None])[:, 0]
-            top_BTK[rows, t] = logp_BV.topk(params.top_ids, -1).indices
+            token_B = draw(logp_BV, params, uniform_BT2[:, t])
+            ids_BT[:, t] = token_B
+            logp_BT[:, t] = logp_BV.gather(-1, token_B[:, None])[:, 0]
+            top_BTK[:, t] = logp_BV.topk(params.top_ids, -1).indices
             runs_B = ~torch.isin(token_B, eos)
-            if t + 1 == params.max_new_tokens:
+            if t + 1 == budget:
                 runs_B.fill_(False)
             if not runs_B.all():
-                ended = rows[~runs_B]
-                if not logp_BT[ended, : t + 1].isfinite().all():
+                ended, *arrays = (
+                    x[~runs_B].cpu() for x in (rows, *(x[:, : t + 1] for x in (ids_BT, logp_BT, top_BTK)))
+                )
+                if not arrays[1].isfinite().all():
                     raise FloatingPointError("the student's logits are not finite, so nothing can be sampled from them")
-                yield (ended.cpu(), *(array[ended, : t + 1].cpu() for array in (ids_BT, logp_BT, top_BTK)))
+                yield True, ended, *arrays
                 cache.batch_select_indices(runs_B)
-                rows, token_B, position, mask = (x[runs_B] for x in (rows, token_B, position, mask))
+                rows, token_B, position, mask, uniform_BT2, ids_BT, logp_BT, top_BTK = (
+                    x[runs_B] for x in (rows, token_B, position, mask, uniform_BT2, ids_BT, logp_BT, top_BTK)
+                )
                 if not len(rows):
                     return
+            if t + 1 == budget - remaining // 2 and remaining // 2 >= MIN_PIECE_TOKENS:
+                remaining //= 2
+                yield False, rows.cpu(), *(x[:, : t + 1].to("cpu", copy=True) for x in (ids_BT, logp_BT, top_BTK))
             position = position + 1
-            mask = torch.cat([mask, torch.ones_like(position)], -1)
             input_ids, position_ids = token_B[:, None], position
 
     def _rollout(
-        self, problem: Problem, prompt_ids: np.ndarray, ids_T: np.ndarray, logp_T: np.ndarray, top_TK: np.ndarray
+        self,
+        problem: Problem,
+        prompt_ids: np.ndarray,
+        ids_T: np.ndarray,
+        logp_T: np.ndarray,
+        top_TK: np.ndarray,
+        *,
+        is_whole: bool,
     ) -> Rollout:
         completion_ids = ids_T.astype(np.int32)
         return Rollout(
@@ -125,7 +151,8 @@ class TransformersSampler(Sampler):
             logprobs=logp_T,
             top_ids=top_TK.astype(np.int32),
             is_finished=int(completion_ids[-1]) in self._eos_token_ids,
-            text=str(self._tokenizer.decode(completion_ids, skip_special_tokens=True)),
+            text=str(self._tokenizer.decode(completion_ids, skip_special_tokens=True)) if is_whole else "",
+            is_whole=is_whole,
         )
 
 

@@ -136,6 +136,8 @@ class Objective:
                 support = losses.union_support(student_top_BTK, teacher_top_BTK[..., : self.top_k])
             case _:
                 assert_never(self._config.support)
+        if self._config.kind in FULL_VOCABULARY:
+            return support, losses.gather(self._teacher_logp_BTV(batch), support)
         teacher_logp_BTS = losses.align(
             support,
             student_top_BTK[..., : self.wanted.student_top_k],

@@ -84,6 +84,19 @@ def test_every_kind_over_every_support_is_its_function_of_the_two_models(kind: L
     assert all(value == value for value in metrics.values()), metrics
 
 
+@pytest.mark.parametrize("support", ["student", "teacher", "intersection", "union"])
+def test_the_support_that_is_watched_has_the_teachers_mass_in_a_whole_vocabulary_too(support: str) -> None:
+    wired = objective(kind="reverse_kl", support=support)
+    logits, batch, logq = answered(wired.wanted)
+    tops = [losses.log_probs(logits, TEMPERATURE).topk(K).indices, logq.topk(K).indices]
+    lists = {"student": tops[:1], "teacher": tops[1:]}.get(support, tops)
+    on = getattr(losses, f"{support}_support")(*lists)
+    mass_BT = losses.gather(logq, on).exp().sum(-1)
+    metrics = wired.watch(logits.detach(), batch)
+    # Means are of float32 values: half a unit in the last place of 1 is 6e-8.
+    assert metrics["support_teacher_mass"] == pytest.approx(float(mass_BT[batch.mask_BT].mean()), abs=1e-7)
+
+
 def test_a_loss_asks_for_no_more_than_it_and_its_monitors_need() -> None:
     def wanted(**config) -> tuple[int, int]:
         needs = objective(**config).wanted
