@@ -1,17 +1,21 @@
 """The scheduler's half of scoring inside vLLM: the prefix cache is read up to the first wanted row and no further.
 
 Runs in vLLM's engine core; `VllmEngine` names a class by import path. What it relies on in vLLM 0.32.0 (pinned by
-tests/contract/test_vllm_seams.py): `Scheduler._get_local_prefix_cache_hit` is asked once for each new request, and
-`KVCacheManager.truncate_computed_blocks` shortens its answer at a multiple of the block size.
+tests/contract/test_vllm_seams.py): `Scheduler._get_local_prefix_cache_hit` is asked once for each new request,
+`KVCacheManager.truncate_computed_blocks` shortens its answer at a multiple of the block size, and
+`_has_partial_local_hit` says whether a hit that ends inside a block needs a copy of that block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from teacher_server.engines.vllm_worker import EXTRA_ARG
 
@@ -28,20 +32,41 @@ class _ReadsUpToFirstRow(_Scheduler):
 
     Without it a group of completions of one prompt hides its own first rows: the prompt's last token, whose row
     predicts the first completion token, lies in a cached block as soon as the prompt fills its blocks.
+
+    Where every layer attends to all of the text, that token alone is computed again, not its whole block. Its keys and
+    values are written over those of the shared block, which they equal to rounding, as vLLM does itself with the last
+    token of a prompt that another machine prefilled (`Scheduler._update_waiting_for_remote_kv`). vLLM's own answer to a
+    hit inside a block, a private copy made before the step, cannot serve here: the members of a group mostly come in
+    one step, in which the block to copy is not computed yet.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self._reads_into_blocks = len(managers) == 1 and type(managers[0]) is FullAttentionManager
+        if self._reads_into_blocks:
+            managers[0]._has_partial_local_hit = _needs_no_copy
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         hit = blocks, num_tokens, shared_boundary, is_divergent = super()._get_local_prefix_cache_hit(request)
         first = _first_wanted_position(request)
         if first is None or num_tokens <= first:
             return hit
-        num_kept = first - first % self.block_size
+        whole = first - first % self.block_size
+        num_read, end = (
+            (first, whole + self.block_size) if self._reads_into_blocks and first > whole else (whole, whole)
+        )
         return (
-            self.kv_cache_manager.truncate_computed_blocks(blocks, num_kept),
-            num_kept,
-            min(shared_boundary, num_kept),
+            self.kv_cache_manager.truncate_computed_blocks(blocks, end),
+            num_read,
+            min(shared_boundary, whole),
             is_divergent,
         )
+
+
+def _needs_no_copy(new_computed_blocks: Sequence[KVCacheBlock], num_local_computed_tokens: int) -> bool:
+    """In the place of `FullAttentionManager._has_partial_local_hit`."""
+    return False
 
 
 def _first_wanted_position(request: Request) -> int | None:

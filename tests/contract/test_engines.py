@@ -258,13 +258,14 @@ def test_the_context_is_read_from_the_prefix_cache(engine: Engine, run: Run, ref
 
 @pytest.mark.parametrize("num_context", [159, 160, 161, 192])
 def test_a_group_computes_its_context_once(engine: Engine, run: Run, reference: Reference, num_context: int) -> None:
-    """Completions of one context sent together: the first computes it, the others read the whole blocks of 32 before
-    the position that predicts their first token, the context's last; then the whole group again."""
+    """Completions of one context sent together: the first computes it, the others read its whole blocks of 32, save the
+    position that predicts their first token, the context's last; then the whole group again, which reads the rest too,
+    for the block that a context ends in is in the cache with the completion's first tokens."""
     first = score_task(1000 + num_context, num_context, 20, top_k=3, temperature=0.7)
     rng = np.random.default_rng(num_context)
     group = [replace(first, completion_ids=rng.integers(0, VOCAB_SIZE, 20).astype(np.int32)) for _ in range(6)]
-    read = (num_context - 1) // 32 * 32 if engine.info.prefix_cache else 0
-    for cached in ([0, *[read] * 5], [read] * 6):
+    whole, all_but_one = (num_context // 32 * 32, num_context - 1) if engine.info.prefix_cache else (0, 0)
+    for cached in ([0, *[min(whole, all_but_one)] * 5], [all_but_one] * 6):
         results = run(scored_together(engine, group))
         for task, rows in zip(group, results, strict=True):
             assert_rows(rows, task, reference.logprobs_TV(task))

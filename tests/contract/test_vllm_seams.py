@@ -36,6 +36,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import _gen_lora_extra_hash_keys
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import BackgroundResources, MPClient
@@ -62,6 +63,7 @@ from teacher_server.engines.vllm import (
 )
 from teacher_server.engines.vllm_lora import GroupedLora
 from teacher_server.engines.vllm_paths import OfficialFields, RunnerRows
+from teacher_server.engines.vllm_scheduler import _needs_no_copy
 from teacher_server.engines.vllm_worker import EXTRA_ARG, RowScoring, ScoringWorker
 from tests.tiny_model import build_tiny_qwen3
 
@@ -186,6 +188,14 @@ def test_the_scheduler_is_named_by_path_and_asks_for_the_prefix_once() -> None:
     assert source(Scheduler.schedule).count("self._get_local_prefix_cache_hit(request)") == 1
     assert parameters(Scheduler._get_local_prefix_cache_hit) == ["self", "request"]
     assert parameters(KVCacheManager.truncate_computed_blocks) == ["self", "blocks", "num_computed_tokens"]
+    # Two places ask whether a hit that ends inside a block needs a copy: the count of blocks, and the hit's taking.
+    names = ["new_computed_blocks", "num_local_computed_tokens"]
+    assert parameters(FullAttentionManager._has_partial_local_hit) == ["self", *names]
+    assert parameters(_needs_no_copy) == names
+    asked = source(inspect.getmodule(FullAttentionManager)).count(
+        "self._has_partial_local_hit(new_computed_blocks, num"
+    )
+    assert asked == 2
 
 
 def test_rows_that_the_prefix_cache_hides_are_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
