@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import statistics
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from student_trainer.config import Rule, WatchConfig
@@ -27,6 +28,7 @@ class Alarm:
         step: at which it did.
         since: the first step of those on end in which the signal was out of bounds.
         value: of the signal at `step`.
+        threshold: that it is beyond at `step`.
         num_steps: optimiser steps so far, those that were rolled back included.
         action: what follows: the rule's, or "stop" for a roll-back too many.
     """
@@ -35,6 +37,7 @@ class Alarm:
     step: int
     since: int
     value: float
+    threshold: float
     num_steps: int
     action: Literal["warn", "stop", "roll_back"]
 
@@ -43,10 +46,21 @@ class Alarm:
         """The alarm for a person."""
         rule = self.rule
         held = f" since step {self.since}" if self.since != self.step else ""
+        threshold = f"{rule.side} {self.threshold:.4g}{self._reason}"
         return (
-            f"step {self.step}: {rule.signal} is {self.value:.4g}, {rule.side} {rule.threshold:g}{held}, "
-            f"after {self.num_steps} steps in all{self._consequence}"
+            f"step {self.step}: {rule.signal} is {self.value:.4g}, {threshold}{held}, after {self.num_steps} steps in "
+            f"all{self._consequence}"
         )
+
+    @property
+    def _reason(self) -> str:
+        """Where a threshold that depends on the run comes from."""
+        rule = self.rule
+        if rule.above_lowest is not None:
+            return f" (its lowest so far and {rule.above_lowest:g})"
+        if rule.below_highest is not None:
+            return f" ({rule.below_highest:g} of its highest so far)"
+        return ""
 
     @property
     def _consequence(self) -> str:
@@ -67,7 +81,7 @@ class Alarm:
             "step": self.step,
             "signal": self.rule.signal,
             "value": self.value,
-            "threshold": self.rule.threshold,
+            "threshold": self.threshold,
             "side": self.rule.side,
             "action": self.action,
             "num_steps": self.num_steps,
@@ -77,12 +91,15 @@ class Alarm:
 
 @dataclass
 class _Streak:
-    """For how many logged steps on end a signal has been out of bounds."""
+    """For how many logged steps on end a signal has been out of bounds, and its best so far."""
 
     rule: Rule
     length: int = 0
     since: int = 0
     is_logged: bool = False
+    threshold: float = math.nan
+    best: float = math.nan
+    recent: list[float] = field(default_factory=list)
 
     def extend(self, row: dict[str, Any]) -> None:
         rule = self.rule
@@ -90,11 +107,22 @@ class _Streak:
         self.is_logged = not math.isnan(value) and row["step"] >= rule.from_step
         if not self.is_logged:
             return
-        if (value > rule.threshold) if rule.side == "above" else (value < rule.threshold):
+        self.threshold = rule.threshold(self.best)  # NaN before there is a best: nothing is beyond it
+        self._learn(value)
+        if (value > self.threshold) if rule.side == "above" else (value < self.threshold):
             self.since = self.since if self.length else row["step"]
             self.length += 1
         else:
             self.length = 0
+
+    def _learn(self, value: float) -> None:
+        if not math.isfinite(value):
+            return
+        self.recent = [*self.recent, value][-self.rule.for_steps :]
+        if len(self.recent) == self.rule.for_steps:
+            mean = statistics.fmean(self.recent)
+            pick = min if self.rule.side == "above" else max
+            self.best = mean if math.isnan(self.best) else pick(self.best, mean)
 
     @property
     def is_over(self) -> bool:
@@ -160,7 +188,7 @@ class Alarms:
         if action == "roll_back" and not self._can_roll_back:
             action = "stop"
         step, value = self.last_row["step"], float(self.last_row[streak.rule.signal])
-        return Alarm(streak.rule, step, streak.since, value, step + self._num_undone, action)
+        return Alarm(streak.rule, step, streak.since, value, streak.threshold, step + self._num_undone, action)
 
 
 def unknown_signals(rules: Sequence[Rule], row: Collection[str]) -> list[str]:

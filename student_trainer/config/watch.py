@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from student_trainer.config.base import Section
 from student_trainer.config.loss import LossConfig
+
+THRESHOLDS = ("above", "below", "above_lowest", "below_highest")
 
 
 class Rule(Section):
@@ -16,8 +18,12 @@ class Rule(Section):
     signal: str
     """A key of metrics.jsonl."""
     above: float | None = None
-    """The threshold: this, or `below`."""
+    """The threshold: this or one of the next three."""
     below: float | None = None
+    above_lowest: PositiveFloat | None = None
+    """So much above the lowest that the signal has been in this run, as a mean of `for_steps` steps on end."""
+    below_highest: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Below this share of the highest that the signal has been, likewise; for signals that are not negative."""
     for_steps: PositiveInt = 1
     """In so many steps on end; steps that do not log the signal, or log NaN, do not count."""
     from_step: Annotated[int, Field(ge=0)] = 0
@@ -32,8 +38,12 @@ class Rule(Section):
 
     @model_validator(mode="after")
     def _one_threshold(self) -> Self:
-        if (self.above is None) == (self.below is None):
-            raise ValueError(f"rule on {self.signal}: give one threshold, above or below")
+        given = [name for name in THRESHOLDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"rule on {self.signal}: {' and '.join(given) or 'no threshold'} given; give one of "
+                f"{', '.join(THRESHOLDS)}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -47,9 +57,12 @@ class Rule(Section):
             raise ValueError(f'rule on {self.signal}: lr_scale and loss are for action = "roll_back"')
         return self
 
-    @property
-    def threshold(self) -> float:
-        """The one that was given."""
+    def threshold(self, best: float) -> float:
+        """What the signal must not pass, where `best` is the lowest or highest that it has been; NaN without one."""
+        if self.above_lowest is not None:
+            return best + self.above_lowest
+        if self.below_highest is not None:
+            return best * self.below_highest
         threshold = self.above if self.above is not None else self.below
         assert threshold is not None
         return threshold
@@ -57,25 +70,39 @@ class Rule(Section):
     @property
     def side(self) -> Literal["above", "below"]:
         """Where the signal is out of bounds."""
-        return "above" if self.above is not None else "below"
+        return "below" if self.above is None and self.above_lowest is None else "above"
 
 
 HEDGES = ("actually", "alternatively", "but", "hmm", "maybe", "perhaps", "wait")
 
 DEFAULT_RULES = (
     Rule(signal="support_gap", below=-0.05, for_steps=10),
-    Rule(signal="unnormalised_loss", below=-0.05, for_steps=10),
+    Rule(signal="reverse_kl", above_lowest=0.1, for_steps=10),
+    Rule(signal="reverse_kl", above_lowest=0.5, for_steps=10, action="stop"),
+    Rule(signal="reward", below_highest=0.5, for_steps=10),
+    Rule(signal="eval/accuracy_high", below_highest=0.5, for_steps=2, action="stop"),
     Rule(signal="truncation_rate", above=0.5, for_steps=20, from_step=50),
     Rule(signal="repeat_ratio", above=0.5, for_steps=10),
 )
+"""Two stop the run: what they see is past repair by more steps, a stop undoes nothing, and the same command goes on.
+None rolls back, since only the user knows to which rate or loss.
+
+- support_gap, P - Q: where the stop-gradient loss stops it is 0, where the unnormalised one does it is
+  -(1 - 1/e) Q = -.63 Q; -.05 is a twelfth of the way. No rule reads the unnormalised loss L: L >= P log(P/Q) >= P - Q
+  at every token, so it is never below -.05 before the gap is.
+- reverse_kl, in nats a token.
+- reward, and held-out accuracy by the upper end of its 95 % interval, so that a few problems do not sound it: a
+  collapse is a fall to half of the peak. Twice on end, so that a run that is evaluated before and after alone goes on.
+"""
 
 
 class WatchConfig(Section):
     """Monitors, alarms, and what a run may survive."""
 
     rules: tuple[Rule, ...] = DEFAULT_RULES
-    """Rules given here take the place of the default ones, which warn of student mass leaking out of the support
-    (P - Q and the unnormalised loss), of completions that no longer end, and of endless repeats."""
+    """Rules given here take the place of the default ones, DEFAULT_RULES, which warn of student mass leaking out of the
+    support, a rising reverse KL, a falling reward, completions that no longer end and endless repeats, and stop the run
+    when the reverse KL is half a nat above its lowest or the held-out accuracy has fallen to half."""
     max_roll_backs: Annotated[int, Field(ge=0)] = 2
     """In the whole run; the next one stops it instead."""
     max_skipped_steps: Annotated[int, Field(ge=0)] = 10

@@ -1,7 +1,9 @@
 import math
 
 import pytest
+import torch
 
+from student_trainer import monitor
 from student_trainer.alarms import Alarms, unknown_signals
 from student_trainer.config import ConfigError, Rule, WatchConfig, parse_config
 from student_trainer.roll_back import RollBack, adjusted, marks
@@ -136,15 +138,79 @@ def test_roll_backs_change_the_rate_and_the_loss():
     assert marks([halved, changed], 6) == {"roll_backs": 2}
 
 
-def test_default_rules_only_warn():
-    assert {rule.action for rule in WatchConfig().rules} == {"warn"}
+def test_a_rise_is_counted_from_the_lowest_mean_of_as_many_steps():
+    alarms = Alarms(watch({"signal": "x", "above_lowest": 1.0, "for_steps": 2}))
+    # Means of two: 4.5, 3, 2.5, 3.25, 4, 4.1: lowest 2.5 from step 4 on. 4 and 4.2 are above 3.5; 3.5 is not.
+    rows = [{"step": step, "x": x} for step, x in enumerate((5, 4, 2, 3, 3.5, 4, 4.2), 1)]
+    (alarm,) = [alarm for row in rows for alarm in alarms.observe(row)]
+    assert (alarm.step, alarm.since, alarm.threshold) == (7, 6, 3.5)
+    assert alarm.row()["threshold"] == 3.5
+    assert alarm.sentence == (
+        "step 7: x is 4.2, above 3.5 (its lowest so far and 1) since step 6, after 7 steps in all"
+    )
+
+
+def test_a_fall_is_counted_from_the_highest_mean_of_as_many_steps():
+    alarms = Alarms(watch({"signal": "x", "below_highest": 0.5, "for_steps": 2}))
+    # One high step alone is no peak: means .3, .55, .5, .15, .05; below .275 at 4 and 5.
+    rows = [{"step": step, "x": x} for step, x in enumerate((0.3, 0.3, 0.8, 0.2, 0.1, 0.0), 1)]
+    (alarm,) = [alarm for row in rows for alarm in alarms.observe(row)]
+    assert (alarm.step, alarm.since, alarm.threshold) == (5, 4, 0.275)
+    assert "below 0.275 (0.5 of its highest so far)" in alarm.sentence
+
+
+def test_before_as_many_steps_as_a_mean_takes_nothing_is_high_or_low():
+    alarms = Alarms(watch({"signal": "x", "above_lowest": 1.0, "for_steps": 3}))
+    assert sounded(alarms, [0, 100, 100]) == []
+
+
+def test_infinite_values_are_no_peak():
+    alarms = Alarms(watch({"signal": "x", "below_highest": 0.5}))
+    assert sounded(alarms, [1, math.inf, 1, 0.4]) == [(4, "warn")]
+
+
+def test_the_lowest_and_highest_come_back_with_the_history():
+    """Resumed at any step, the alarm is the unbroken run's."""
+    rules = watch({"signal": "x", "above_lowest": 1.0, "for_steps": 2, "from_step": 2})
+    values = [-9, 2, 2, 3, 4, 4]  # step 1 does not count: lowest 2, above 3 at 5 and 6
+    rows = [{"step": step, "x": x} for step, x in enumerate(values, 1)]
+    for done in range(6):
+        assert sounded(Alarms(rules, rows[:done]), values[done:], first_step=done + 1) == [(6, "warn")]
+
+
+def test_default_rules_stop_a_run_whose_divergence_or_answers_have_gone():
+    """A stop undoes nothing; a roll-back would need a checkpoint of step 0 in every run."""
+    acting = {(rule.signal, rule.action) for rule in WatchConfig().rules if rule.action != "warn"}
+    assert acting == {("reverse_kl", "stop"), ("eval/accuracy_high", "stop")}
+
+
+def test_the_default_rule_on_the_accuracy_waits_for_a_second_evaluation():
+    """Upper ends of .8 (twice), then .39 twice, below half of .8; between them other steps, which are not evaluated."""
+    alarms = Alarms(WatchConfig())
+    assert sounded(alarms, [0.8, None, 0.8, None, 0.39, 0.39], signal="eval/accuracy_high") == [(6, "stop")]
+
+
+def test_a_loss_below_a_twentieth_leaves_a_gap_at_least_as_wide():
+    """Why no default rule reads the unnormalised loss: L >= P - Q at every token, for any p, q and support."""
+    generator = torch.Generator().manual_seed(0)
+    logp, logq = (torch.randn(1000, 22, generator=generator).mul(4).log_softmax(-1) for _ in range(2))
+    logp, logq = logp[:, :3], logq[:, :3]
+    everything = torch.ones_like(logp, dtype=torch.bool)
+    gap = monitor.support_mass(logp, logq, everything).gap_BT
+    assert (monitor.unnormalised_loss(logp, logq, everything) - gap).min() > -1e-6
 
 
 @pytest.mark.parametrize(
     ("rule", "sentence"),
     [
-        ({"signal": "x"}, "rule on x: give one threshold, above or below"),
-        ({"signal": "x", "above": 1, "below": 0}, "rule on x: give one threshold, above or below"),
+        (
+            {"signal": "x"},
+            "rule on x: no threshold given; give one of above, below, above_lowest, below_highest",
+        ),
+        (
+            {"signal": "x", "above": 1, "below": 0},
+            "rule on x: above and below given; give one of above, below, above_lowest, below_highest",
+        ),
         ({"signal": "x", "above": 1, "action": "roll_back"}, "roll_back needs lr_scale or loss"),
         ({"signal": "x", "above": 1, "lr_scale": 0.5}, 'lr_scale and loss are for action = "roll_back"'),
         ({"signal": "x", "above": 1, "for_step": 2}, "unknown key; did you mean 'for_steps'?"),
