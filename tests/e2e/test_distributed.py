@@ -114,8 +114,8 @@ def teacher_url(run: LoopThread, tmp_path_factory):
     run(server.stop())
 
 
-def write_config(folder: Path, model: Path, **changes) -> Path:
-    return write_toy_run(folder, model, **TABLES | changes)
+def write_config(folder: Path, model_path: Path, **changes) -> Path:
+    return write_toy_run(folder, model_path, **TABLES | changes)
 
 
 def write_recipe(folder: Path, model: Path, teacher_url: str, student_url: str) -> Path:
@@ -151,7 +151,7 @@ def continued(other: TrainConfig, folder: Path) -> Path:
 
 def under_torchrun(*configs: Path) -> None:
     script = Path(__file__).with_name("ranks.py")
-    result = subprocess.run([*TORCHRUN, script, *configs], capture_output=True, text=True, timeout=540, check=False)
+    result = subprocess.run([*TORCHRUN, script, *configs], capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
