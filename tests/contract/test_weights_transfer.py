@@ -152,7 +152,7 @@ def test_transferred_weights_are_those_that_are_streamed(
 
             # No file has the weights of version 4, but a sender that does not even come leaves them as they are.
             with pytest.raises(EngineFailed, match=r"did not come \(.*no sender at 127\.0\.0\.1:9.*still are"):
-                await teacher.update_weights(update_of("127.0.0.1:9", other, 5), timeout_s=4)
+                await teacher.update_weights(update_of("127.0.0.1:9", other, 5), timeout_s=6)
             [result] = await teacher.score([ITEM])
             assert (result.weights_version, result.num_cached_tokens > 0) == (4, True)
             np.testing.assert_allclose(result.sampled_logprobs, of_base, rtol=0, atol=1e-5)
