@@ -74,7 +74,8 @@ def test_pi_is_measured_over_the_likeliest_ids_of_all_teachers_and_the_rest_as_o
         # Four distributions of each token, each asked for twice.
         assert found["num_tokens"] == 2 * len(pis) * len(ids)
         num_tokens += len(ids)
-    assert result["information"]["mean"] > 0.01
+    # What is compared is far above what may differ: told another problem's answer, these figures would show it.
+    assert min(result[name]["mean"] for name in ("information", "lost", "floor", "disagreement")) > 10 * TOLERANCE
     assert 0 < num_tokens <= 6 * len(PROMPTS)
 
 
