@@ -67,6 +67,8 @@ bench: $(STAMP) ## the benchmarks, on a quiet machine
 	$(BIN)/python -m tests.bench.overlap
 	$(BIN)/python -m tests.bench.load
 	$(BIN)/python -m tests.bench.training
+	$(BIN)/python -m tests.bench.training --budget 256
+	$(BIN)/python -m tests.bench.training_packing
 	$(BIN)/python -m tests.bench.loss_memory
 	$(BIN)/python -m tests.bench.soak
 

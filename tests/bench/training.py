@@ -227,6 +227,7 @@ def measure(folder: Path, repeats: int, steps: int, budget: int) -> dict[str, li
             # Each is first in its turn, so that what slows down over time slows all.
             for name, work in list(zip(NAMES, works, strict=True))[:: 1 if repeat % 2 else -1]:
                 runs[name].append(alone(work))
+                print(f"repeat {repeat}, {name}: {runs[name][-1].seconds['total']:.3f} s a step", flush=True)
     return runs
 
 
