@@ -50,7 +50,6 @@ def generate(
         for problem, its_seed in zip(problems, seeds, strict=True)
         for ended in sampler.stream([problem], params, seeds=[its_seed])
         for rollout in ended.values()
-        if rollout.is_whole
     )
 
 

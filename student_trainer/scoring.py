@@ -140,12 +140,6 @@ class Scorer:
         if problems:
             raise TeacherMismatch(f"teacher {self._url} does not fit this student:\n  " + "\n  ".join(problems))
 
-    @property
-    def scores_pieces(self) -> bool:
-        """Whether a completion may be scored in pieces, what is before a piece at the end of the prompt's ids: not with
-        privileged information, around which the teacher makes the prompt, nor where it would be computed again."""
-        return self._privileged is None and self.info.prefix_cache
-
     def score(self, rollouts: Sequence[Rollout], wanted: Wanted) -> list[ScoreResult]:
         """One result a rollout, in order; as many requests at once as the teacher's limit of items needs.
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
-
-import numpy as np
 
 from protos.records import Float32, Int32
 from student_trainer.tasks import Problem
@@ -43,7 +41,6 @@ class Rollout:
         top_ids: int32 [T, K], the student's most likely ids where each token was sampled, most likely first.
         is_finished: whether EOS ended it.
         text: the completion decoded, special tokens left out.
-        is_whole: False while more of it is being written; it has no text then.
     """
 
     problem: Problem
@@ -53,17 +50,6 @@ class Rollout:
     top_ids: Int32
     is_finished: bool
     text: str
-    is_whole: bool = True
-
-    def after(self, num_tokens: int) -> Rollout:
-        """The same rollout seen from its token `num_tokens` on: those before it stand at the end of the prompt."""
-        return replace(
-            self,
-            prompt_ids=np.concatenate([self.prompt_ids, self.completion_ids[:num_tokens]]),
-            completion_ids=self.completion_ids[num_tokens:],
-            logprobs=self.logprobs[num_tokens:],
-            top_ids=self.top_ids[num_tokens:],
-        )
 
 
 class Sampler(Protocol):
@@ -74,9 +60,8 @@ class Sampler(Protocol):
     ) -> Iterator[dict[int, Rollout]]:
         """`params.num_samples` completions of each problem, handed over in parts as they end.
 
-        Each has its place for a key: sample s of problem i is `i * params.num_samples + s`. Every place comes once as a
-        whole; before that it may come as far as it is written, for who has a use for its beginning. In which order they
-        come decides nothing about them.
+        Each has its place for a key: sample s of problem i is `i * params.num_samples + s`. Every place comes once. In
+        which order they come decides nothing about them.
 
         Args:
             seeds: one for each problem; with the weights and the sample's number in its group it determines a

@@ -14,10 +14,6 @@ from student_trainer.rollout.draw import draw, streams
 from student_trainer.tasks import Problem
 from student_trainer.text import render_prompt
 
-MIN_PIECE_TOKENS = 128
-"""What is still being written is handed over at half of the budget, at three quarters and so on, as long as at least so
-many tokens may follow: on a small model a request costs a teacher about as much as 100 tokens in it."""
-
 PARTS = 8
 """In which a batch is handed over, at most: a request of its own for each of many rollouts costs more than it hides."""
 
@@ -49,15 +45,11 @@ class TransformersSampler(Sampler):
         self._model.eval()
         ended: dict[int, Rollout] = {}
         try:
-            for is_whole, rows, *arrays in self._decode([prompts[owner] for owner in owners], params, uniform_BT2):
-                written = {
-                    row: self._rollout(problems[owners[row]], prompts[owners[row]], *of_row, is_whole=is_whole)
+            for rows, *arrays in self._decode([prompts[owner] for owner in owners], params, uniform_BT2):
+                ended |= {
+                    row: self._rollout(problems[owners[row]], prompts[owners[row]], *of_row)
                     for row, *of_row in zip(rows.tolist(), *(array.numpy() for array in arrays), strict=True)
                 }
-                if not is_whole:
-                    yield written
-                    continue
-                ended |= written
                 if len(ended) * PARTS >= len(owners):
                     yield ended
                     ended = {}
@@ -72,9 +64,8 @@ class TransformersSampler(Sampler):
     @torch.inference_mode()
     def _decode(
         self, prompts: Sequence[np.ndarray], params: SamplingParams, uniform_BT2: torch.Tensor
-    ) -> Iterator[tuple[bool, torch.Tensor, *tuple[torch.Tensor, ...]]]:
-        """Rows that have ended at the same token, after True, and their ids, log-probs and top ids, on the CPU; and
-        after False those that are to be handed over before they end.
+    ) -> Iterator[tuple[torch.Tensor, *tuple[torch.Tensor, ...]]]:
+        """Rows that have ended at the same token, and their ids, log-probs and top ids, on the CPU.
 
         A row leaves the batch with its last token, and its keys and values leave the cache.
         """
@@ -92,7 +83,6 @@ class TransformersSampler(Sampler):
         ids_BT = mask.new_empty((len(prompts), budget))
         logp_BT = torch.empty(ids_BT.shape, device=device)
         top_BTK = mask.new_empty((*ids_BT.shape, params.top_ids))
-        remaining = budget
         for t in range(budget):
             logits_BV = (
                 self._model(
@@ -120,28 +110,18 @@ class TransformersSampler(Sampler):
                 )
                 if not arrays[1].isfinite().all():
                     raise FloatingPointError("the student's logits are not finite, so nothing can be sampled from them")
-                yield True, ended, *arrays
+                yield ended, *arrays
                 cache.batch_select_indices(runs_B)
                 rows, token_B, position, mask, uniform_BT2, ids_BT, logp_BT, top_BTK = (
                     x[runs_B] for x in (rows, token_B, position, mask, uniform_BT2, ids_BT, logp_BT, top_BTK)
                 )
                 if not len(rows):
                     return
-            if t + 1 == budget - remaining // 2 and remaining // 2 >= MIN_PIECE_TOKENS:
-                remaining //= 2
-                yield False, rows.cpu(), *(x[:, : t + 1].to("cpu", copy=True) for x in (ids_BT, logp_BT, top_BTK))
             position = position + 1
             input_ids, position_ids = token_B[:, None], position
 
     def _rollout(
-        self,
-        problem: Problem,
-        prompt_ids: np.ndarray,
-        ids_T: np.ndarray,
-        logp_T: np.ndarray,
-        top_TK: np.ndarray,
-        *,
-        is_whole: bool,
+        self, problem: Problem, prompt_ids: np.ndarray, ids_T: np.ndarray, logp_T: np.ndarray, top_TK: np.ndarray
     ) -> Rollout:
         completion_ids = ids_T.astype(np.int32)
         return Rollout(
@@ -151,8 +131,7 @@ class TransformersSampler(Sampler):
             logprobs=logp_T,
             top_ids=top_TK.astype(np.int32),
             is_finished=int(completion_ids[-1]) in self._eos_token_ids,
-            text=str(self._tokenizer.decode(completion_ids, skip_special_tokens=True)) if is_whole else "",
-            is_whole=is_whole,
+            text=str(self._tokenizer.decode(completion_ids, skip_special_tokens=True)),
         )
 
 

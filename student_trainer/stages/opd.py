@@ -145,7 +145,6 @@ class Opd:
         return Scoring(
             sampler.stream(problems, self._sampling, seeds=seeds),
             partial(self._scorer.start, wanted=self._objective.wanted),
-            in_pieces=self._scorer.scores_pieces,
         )
 
     def _scored_in_full(self, rollouts: Sequence[Rollout], step: int) -> Batch | None:

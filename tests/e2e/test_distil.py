@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,6 @@ from student_trainer.scoring import Scorer, TeacherMismatch, Wanted
 from student_trainer.seeds import rollout_seeds
 from student_trainer.stages.objective import Objective
 from student_trainer.stages.opd import collate_scored
-from student_trainer.stages.written import Scoring
 from student_trainer.student import load_student
 from student_trainer.study.measure import load_sampler, measure_closeness
 from student_trainer.study.teacher_process import teacher_process
@@ -105,31 +103,6 @@ def test_a_teacher_shifted_by_one_position_does_not_go_unseen(models, teacher):
     shifted = (batch.teacher_logp_BT.roll(1, 1) - batch.sampled_logp_BT)[batch.mask_BT].abs()
     assert exact.max() < 1e-5
     assert shifted.nanmean() > 1e-2
-
-
-def test_a_rollout_scored_as_it_is_written_gets_the_scores_of_the_whole(models, teacher, monkeypatch):
-    """Half of the budget is 32 tokens: what comes so far is asked for in two pieces."""
-    monkeypatch.setattr("student_trainer.rollout.transformers.MIN_PIECE_TOKENS", 32)
-    asked: list[int] = []
-    wanted = Wanted(teacher_top_k=5, student_top_k=3)
-    problems = build_task(ToyTask(train_size=50, held_out_size=10)).train[:16]
-    params = SamplingParams(max_new_tokens=64, top_ids=3)
-    parts = load_sampler(models["other"]).stream(problems, params, seeds=range(16))
-    with Scorer(teacher["grpc_url"], temperature=1.0, timeout_s=60) as scorer:
-
-        def score(rollouts):
-            asked.extend(len(rollout.completion_ids) for rollout in rollouts)
-            scores = scorer.start(rollouts, wanted)
-            scores.result()  # or the next part might find the teacher busy
-            return scores
-
-        written = Scoring(parts, score, in_pieces=True).result()
-        whole = scorer.score(written.rollouts, wanted)
-    assert len(asked) > 16
-    assert max(asked) == 32
-    for pieces, one in zip(written.results, whole, strict=True):
-        for name in ("sampled_logprobs", "top_logprobs", "candidate_logprobs"):
-            np.testing.assert_allclose(getattr(pieces, name), getattr(one, name), rtol=0, atol=1e-5)
 
 
 def test_both_transports_give_the_same_run(tmp_path, models, teacher):

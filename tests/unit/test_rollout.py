@@ -115,30 +115,6 @@ def test_what_has_ended_is_handed_over_and_costs_nothing_more(model, sampler):
     assert ids_of(written[place] for place in range(24)) == ids_of(sampler.sample(PROBLEMS, params, seeds=SEEDS))
 
 
-def test_what_is_still_being_written_is_handed_over_at_a_half_and_at_three_quarters(sampler, monkeypatch):
-    """Of 128 tokens, 64 may follow the first time and 32 the second; after that fewer than a piece has."""
-    monkeypatch.setattr("student_trainer.rollout.transformers.MIN_PIECE_TOKENS", 32)
-    params = SamplingParams(max_new_tokens=128, num_samples=40, top_ids=3)
-    parts = list(sampler.stream(PROBLEMS, params, seeds=SEEDS))
-    beginnings = [part for part in parts if not all(rollout.is_whole for rollout in part.values())]
-    whole = {
-        place: rollout
-        for part in parts
-        if not any(part is beginning for beginning in beginnings)
-        for place, rollout in part.items()
-    }
-    assert len(whole) == 120
-    assert len(beginnings) == 2
-    for part, num_tokens in zip(beginnings, (64, 96), strict=True):
-        assert part.keys() == {place for place, rollout in whole.items() if len(rollout.completion_ids) > num_tokens}
-        for place, beginning in part.items():
-            assert not beginning.is_whole
-            assert not beginning.is_finished
-            for name in ("completion_ids", "logprobs", "top_ids"):
-                np.testing.assert_array_equal(getattr(beginning, name), getattr(whole[place], name)[:num_tokens])
-    assert ids_of(sampler.sample(PROBLEMS, params, seeds=SEEDS)) == ids_of(whole[place] for place in range(120))
-
-
 def test_rows_that_leave_take_nothing_from_those_that_stay():
     """Log-probs of Gemma, some of whose layers keep a window of 4 tokens, after others have left its cache."""
     tokenizer = toy_tokenizer()

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
-from protos.records import Message, ScoreResult, crc32_of
+from protos.records import Message, ScoreResult
 from student_trainer.rollout.base import Rollout
 from student_trainer.stages.written import Scoring, covered
 from student_trainer.tasks import Problem
@@ -21,7 +21,7 @@ def rollout(number: int) -> Rollout:
 
 
 def result_of(one: Rollout) -> ScoreResult:
-    none = np.empty((len(one.completion_ids), 0), np.float32)
+    none = np.empty((1, 0), np.float32)
     return ScoreResult(
         sampled_logprobs=-one.completion_ids.astype(np.float32),
         top_ids=none.astype(np.int32),
@@ -69,54 +69,6 @@ def test_each_is_asked_for_as_it_ends_and_their_order_decides_nothing():
     written = scoring.result()
     assert [one.problem.id for one in written.rollouts] == ["0", "1", "2", "3"]
     assert [float(one.sampled_logprobs[0]) for one in written.results] == [0, -1, -2, -3]
-
-
-def growing(*ids: int, is_whole: bool) -> Rollout:
-    """Place 0's rollout as far as these ids, of prompt [0]."""
-    prompt, completion = np.zeros(1, np.int32), np.array(ids, np.int32)
-    problem, logp = Problem("0", (Message("user", "?"),), ""), completion.astype(np.float32)
-    return Rollout(problem, prompt, completion, logp, completion[:, None], is_finished=True, text="", is_whole=is_whole)
-
-
-def in_two(teacher: Teacher, *, busy: bool, in_pieces: bool) -> Scoring:
-    """Place 1 ends, then two of place 0's three tokens are handed over, then all of it."""
-
-    def parts():
-        yield {1: rollout(1)}
-        if not busy:
-            teacher.answer(0)
-        yield {0: growing(7, 8, is_whole=False)}
-        yield {0: growing(7, 8, 9, is_whole=True)}
-
-    return Scoring(parts(), teacher.score, in_pieces=in_pieces)
-
-
-def asked_of_place_0(teacher: Teacher) -> list[tuple[list[int], list[int], list[list[int]]]]:
-    return [
-        (one.prompt_ids.tolist(), one.completion_ids.tolist(), one.top_ids.tolist())
-        for rollouts, _ in teacher.asked[1:]
-        for one in rollouts
-    ]
-
-
-def test_a_beginning_is_scored_before_the_rest_is_written_and_only_the_rest_afterwards():
-    teacher = Teacher()
-    scoring = in_two(teacher, busy=False, in_pieces=True)
-    assert asked_of_place_0(teacher) == [([0], [7, 8], [[7], [8]]), ([0, 7, 8], [9], [[9]])]
-    for number in (2, 1):
-        teacher.answer(number)
-    written = scoring.result()
-    assert written.rollouts[0].completion_ids.tolist() == [7, 8, 9]
-    assert written.results[0].sampled_logprobs.tolist() == [-7, -8, -9]
-    assert written.results[0].completion_crc32 == crc32_of(np.array([7, 8, 9], np.int32))
-    assert written.results[1].sampled_logprobs.tolist() == [-1]
-
-
-@pytest.mark.parametrize(("busy", "in_pieces"), [(True, True), (False, False)])
-def test_a_busy_teacher_and_one_that_takes_no_pieces_are_asked_once(busy: bool, in_pieces: bool):
-    teacher = Teacher()
-    in_two(teacher, busy=busy, in_pieces=in_pieces)
-    assert asked_of_place_0(teacher) == [([0], [7, 8, 9], [[7], [8], [9]])]
 
 
 def test_seconds_of_writing_and_of_scores_on_their_way():
