@@ -134,16 +134,18 @@ class Batch:
         its own in some part has an idle one.
         """
         parts = self.split(max(1, -(-self.num_sequences // num_minibatches)))
-        return [part.share() if share(range(part.num_sequences)) else part.rows(slice(1)).idle() for part in parts]
+        return [part.share() if share(range(part.num_sequences)) else part.rows([0]).idle() for part in parts]
 
     def share(self) -> Batch:
         """This rank's share of a batch that all ranks have."""
-        rows = share(range(self.num_sequences))
-        return self.rows(slice(rows.start, rows.stop))
+        return self.rows(share(range(self.num_sequences)))
 
-    def rows(self, rows: slice) -> Batch:
+    def rows(self, rows: Sequence[int]) -> Batch:
         """Those of the sequences, as wide as they are here."""
-        picked = {field.name: value[rows] for field in fields(self) if (value := getattr(self, field.name)) is not None}
+        index = torch.tensor(rows, dtype=torch.int64)
+        picked = {
+            field.name: value[index] for field in fields(self) if (value := getattr(self, field.name)) is not None
+        }
         return replace(self, **picked)
 
     def idle(self) -> Batch:

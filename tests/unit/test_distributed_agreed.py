@@ -91,7 +91,7 @@ def shares() -> list:
     ids = [np.full(length, length, np.int32) for length in (1, 2, 3)]
     batch = collate([np.array([9], np.int32)] * 3, ids)
     whole = by_shares(lambda part: torch.where(part.mask_BT, part.completion_ids_BT.float(), math.nan), batch)
-    single = by_shares(lambda part: part.completion_ids_BT.float(), batch.rows(slice(2, 3)))
+    single = by_shares(lambda part: part.completion_ids_BT.float(), batch.rows([2]))
     updates = batch.shares(2)
     return [
         whole.nan_to_num(0).tolist(),
