@@ -13,10 +13,14 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
-from torch.distributed import BroadcastOptions, ProcessGroupGloo, TCPStore
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import BroadcastOptions, ProcessGroupGloo
 
 from protos.route import address_towards
 from protos.wire import STORE_KEY
+
+_Gloo: Any = ProcessGroupGloo
+"""torch's stubs leave most of it out."""
 
 POLL_S = 0.02
 """How often a sender looks whether the workers have come."""
@@ -65,7 +69,7 @@ class GlooSender:
             use_libuv=False,
         )
         self.rendezvous = f"[{self._address}]:{own_port}" if ":" in self._address else f"{self._address}:{own_port}"
-        self._group: ProcessGroupGloo | None = None
+        self._group: Any = None
         self._closed = threading.Event()
 
     def send(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -73,10 +77,10 @@ class GlooSender:
         while self._store.add(STORE_KEY, 0) < self._num_workers:
             if self._closed.wait(POLL_S):
                 return
-        options = ProcessGroupGloo._Options()
+        options = _Gloo._Options()
         options._timeout = self._timeout
-        options._devices = [ProcessGroupGloo.create_device(hostname=self._address)]
-        group = self._group = ProcessGroupGloo(self._store, 0, 1 + self._num_workers, options)
+        options._devices = [_Gloo.create_device(hostname=self._address)]
+        group = self._group = _Gloo(self._store, 0, 1 + self._num_workers, options)
         for tensor in tensors:
             # As bytes: gloo does not know every type.
             group.broadcast([tensor.cpu().contiguous().reshape(-1).view(torch.uint8)], BroadcastOptions()).wait()

@@ -17,7 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from torch.distributed import BroadcastOptions, ProcessGroupGloo, TCPStore
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import BroadcastOptions, ProcessGroupGloo
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
@@ -26,6 +27,9 @@ from protos.records import WeightsTransfer
 from protos.route import address_towards
 from protos.wire import STORE_KEY, TENSOR_DTYPES
 from teacher_server.engines.base import WeightsUntouchedError
+
+_Gloo: Any = ProcessGroupGloo
+"""torch's stubs leave most of it out."""
 
 MEETING_S = 10.0
 """The sender's store listens before the server is told of it, so that it is there at once or never."""
@@ -71,7 +75,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, NCCLWeightTran
     start_weight_update = NCCLWeightTransferEngine.start_weight_update
     finish_weight_update = NCCLWeightTransferEngine.finish_weight_update
 
-    _group: ProcessGroupGloo | None = None
+    _group: Any = None
     _until: float
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
@@ -87,11 +91,11 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, NCCLWeightTran
         try:
             store = TCPStore(init_info.host, init_info.port, is_master=False, timeout=patience)
             store.add(STORE_KEY, 1)
-            options = ProcessGroupGloo._Options()
+            options = _Gloo._Options()
             options._timeout = patience
             own_address = address_towards(init_info.host, init_info.port)
-            options._devices = [ProcessGroupGloo.create_device(hostname=own_address)]
-            self._group = ProcessGroupGloo(store, rank, init_info.world_size, options)
+            options._devices = [_Gloo.create_device(hostname=own_address)]
+            self._group = _Gloo(store, rank, init_info.world_size, options)
         except (RuntimeError, OSError) as error:
             raise RuntimeError(f"no sender at {init_info.host}:{init_info.port}: {error}") from error
 
