@@ -90,7 +90,9 @@ None rolls back, since only the user knows to which rate or loss.
 - support_gap, P - Q: where the stop-gradient loss stops it is 0, where the unnormalised one does it is
   -(1 - 1/e) Q = -.63 Q; -.05 is a twelfth of the way. No rule reads the unnormalised loss L: L >= P log(P/Q) >= P - Q
   at every token, so it is never below -.05 before the gap is.
-- reverse_kl, in nats a token.
+- reverse_kl, in nats a token: in seven stable runs of the toy world (stop-gradient loss, top 1 to 3, rates 3e-4 to
+  1e-3) ten steps on end were never more than .01 above the lowest ten, in an eighth, whose accuracy wavered, .04; the
+  six that fell to half passed .3.
 - reward, and held-out accuracy by the upper end of its 95 % interval, so that a few problems do not sound it: a
   collapse is a fall to half of the peak. Twice on end, so that a run that is evaluated before and after alone goes on.
 """
