@@ -182,7 +182,7 @@ def pushed(url: str, model: Path) -> int:
     """The version of these weights, pushed by a trainer."""
     client = ClientThread(url)
     try:
-        return WeightsSync(client, carry=transfer, timeout_s=60).push(plain_model(model))
+        return WeightsSync(client, carry=transfer, timeout_s=60).push(plain_model(model), torch.float32)
     finally:
         client.close()
 
