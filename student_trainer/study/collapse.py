@@ -5,8 +5,10 @@
 2. Three runs against that teacher, of one seed, one student, the same problems, rate and steps: the stop-gradient loss,
    the biased loss with every default rule only warning, and the biased loss whose leading rules roll back to the last
    good checkpoint and go on with the stop-gradient loss.
-3. For each run: the peak of the held-out accuracy, the first evaluation below half of it, and how many steps before
-   that each default rule sounded (its lead). The share of a step's time that the monitors took.
+3. For each run: the held-out accuracy, which is greedy, and the reward of what the student samples; at which step each
+   has fallen to half of its peak, and how many steps before the reward's fall each default rule sounded (its lead).
+   Where the biased loss stops, p = q/e on the support, the most likely token is still the teacher's: the samples fall
+   apart long before the greedy answers do. The share of a step's time that the monitors took.
 
 The rules are those that a run has by default: nothing in them is chosen here.
 """
@@ -46,6 +48,10 @@ BIASED = {"kind": "biased_reverse_kl", "top_k": 2}
 """A top 2 of 22 tokens: with the top 20 the student's mass is all inside, and the bias, P's gradient, is near 0."""
 
 
+REWARD_STEPS = 10
+"""One step's reward, of 32 samples, is known to ± .09 only."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How much of everything; the defaults are the study's."""
@@ -54,7 +60,7 @@ class Sizes:
     teacher_steps: int = 300
     student_steps: int = 270
     """Of those of the teacher."""
-    steps: int = 140
+    steps: int = 90
     eval_every: int = 10
     lr: float = 5e-4
 
@@ -67,6 +73,7 @@ class Course:
         peak: of the held-out accuracy.
         last: held-out accuracy at the end.
         half_step: of the first evaluation below half of the peak so far; None when there was none.
+        reward_half_step: likewise of the samples' reward, as a mean of REWARD_STEPS steps.
         alarms: the first step at which each signal's rule sounded.
         watch_share: the monitors' part of the steps' time.
     """
@@ -74,13 +81,15 @@ class Course:
     peak: float
     last: float
     half_step: int | None
+    reward_half_step: int | None
     alarms: dict[str, int]
     watch_share: float
 
     @property
     def leads(self) -> dict[str, int]:
-        """Steps between each alarm and the fall, negative for an alarm that came after it; empty without a fall."""
-        return {} if self.half_step is None else {name: self.half_step - step for name, step in self.alarms.items()}
+        """Steps from each alarm to the reward's fall, negative where the alarm came after it; empty without a fall."""
+        fall = self.reward_half_step
+        return {} if fall is None else {name: fall - step for name, step in self.alarms.items()}
 
 
 @dataclass(frozen=True)
@@ -167,16 +176,27 @@ def course(run: Path) -> Course:
     """Reads what came of a run from its folder."""
     rows = read_rows(run / "metrics.jsonl")
     evaluated = [(row["step"], row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
-    peak, half_step = 0.0, None
-    for step, accuracy in evaluated:
-        peak = max(peak, accuracy)
-        if half_step is None and accuracy < peak / 2:
-            half_step = step
+    rewarded = [(row["step"], row["reward"]) for row in rows if "reward" in row]
+    means = [
+        (rewarded[end - 1][0], statistics.fmean(reward for _, reward in rewarded[end - REWARD_STEPS : end]))
+        for end in range(REWARD_STEPS, len(rewarded) + 1)
+    ]
     sounded = read_rows(run / "alarms.jsonl") if (run / "alarms.jsonl").exists() else []
     first = {alarm["signal"]: alarm["step"] for alarm in reversed(sounded)}
     timed = [row for row in rows if "step_s" in row]
     watch_share = sum(row["watch_s"] for row in timed) / sum(row["step_s"] for row in timed)
-    return Course(peak, evaluated[-1][1], half_step, first, watch_share)
+    peak, last = max(accuracy for _, accuracy in evaluated), evaluated[-1][1]
+    return Course(peak, last, _half_step(evaluated), _half_step(means), first, watch_share)
+
+
+def _half_step(values: Sequence[tuple[int, float]]) -> int | None:
+    """The first step whose value is below half of the highest up to there."""
+    peak = 0.0
+    for step, value in values:
+        peak = max(peak, value)
+        if value < peak / 2:
+            return step
+    return None
 
 
 @app.default
@@ -191,8 +211,17 @@ def main(*, out: Path = Path("runs/collapse"), seeds: tuple[int, ...] = (0, 1, 2
     quiet_libraries()
     if fresh:
         shutil.rmtree(out, ignore_errors=True)
-    table = Table(title="Held-out accuracy, its fall, and the alarms before it", title_justify="left")
-    for column in ("seed", "run", "peak", "last", "below half at step", "first alarms (lead in steps)", "monitors"):
+    table = Table(title="The steps of the falls to half of the peak, and the alarms before them", title_justify="left")
+    for column in (
+        "seed",
+        "run",
+        "accuracy: peak",
+        "last",
+        "fall",
+        "reward: fall",
+        "alarms (lead in steps)",
+        "monitors",
+    ):
         table.add_column(column)
     result: dict[str, dict[str, Any]] = {}
     for seed in seeds:
@@ -202,10 +231,9 @@ def main(*, out: Path = Path("runs/collapse"), seeds: tuple[int, ...] = (0, 1, 2
             courses = experiment.run(server.wait()["grpc_url"], student)
         result[str(seed)] = {name: asdict(one) | {"leads": one.leads} for name, one in courses.items()}
         for name, one in courses.items():
-            fall = "never" if one.half_step is None else str(one.half_step)
-            table.add_row(
-                str(seed), name, f"{one.peak:.2f}", f"{one.last:.2f}", fall, _alarms(one), f"{one.watch_share:.1%}"
-            )
+            falls = ["never" if step is None else str(step) for step in (one.half_step, one.reward_half_step)]
+            accuracies = (f"{one.peak:.2f}", f"{one.last:.2f}")
+            table.add_row(str(seed), name, *accuracies, *falls, _alarms(one), f"{one.watch_share:.1%}")
     (out / "collapse.json").write_text(json.dumps(result, indent=2) + "\n")
     console.print(table)
     leads = [max(each["biased"]["leads"].values(), default=0) for each in result.values()]

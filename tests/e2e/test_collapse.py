@@ -41,6 +41,7 @@ def test_on_the_stop_gradient_loss_no_default_rule_sounds(
     stable = experiment.distil("stop-gradient", *student_and_url, STABLE, WARNING)
     assert stable.alarms == {}
     assert stable.half_step is None
+    assert stable.reward_half_step is None
 
 
 def test_on_the_biased_loss_a_default_rule_rolls_back_before_the_answers_are_half_as_good(
@@ -61,4 +62,5 @@ def test_on_the_biased_loss_a_default_rule_rolls_back_before_the_answers_are_hal
     assert all(row["eval/accuracy"] >= course.peak / 2 for row in undone if "eval/accuracy" in row)
     assert read_rows(run / "metrics.jsonl")[-1]["step"] == experiment.sizes.steps
     assert course.half_step is None
+    assert course.reward_half_step is None
     assert course.last >= course.peak / 2
