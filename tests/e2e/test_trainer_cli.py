@@ -133,8 +133,15 @@ def test_generate_prints_what_is_finished_and_ends_cleanly_on_ctrl_c(tmp_path):
     model = build_toy_model(tmp_path / "model", hidden_size=32, num_layers=1)
     prompts = [argument for n in range(2000) for argument in ("--prompt", f"{n}+1")]
     command = [sys.executable, "-m", "student_trainer", "generate", str(model), *prompts, "--json"]
+    # A shell starts what it puts in the background, and so all that follows from it, with SIGINT ignored.
+    hearing = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
     with subprocess.Popen(
-        [*command, "--max-new-tokens", "400"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", hearing, *command, "--max-new-tokens", "400"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         first = json.loads(process.stdout.readline())
