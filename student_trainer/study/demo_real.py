@@ -61,7 +61,7 @@ def main(*, out: Path = Path("runs/demo-real"), models: Path = Path("models"), s
     with teacher_process(teacher, out / "server", threads=os.cpu_count() or 1) as server:
         console.print("[bold]2/3[/] teacher-server loads the whole model into vLLM")
         url = server.wait()["grpc_url"]
-        console.print(f"[bold]3/3[/] OPD against {url}; one step takes about 25 seconds")
+        console.print(f"[bold]3/3[/] OPD against {url}; one step takes about 30 seconds")
         before = close_to(url, student, seed)
         config = parse_config(
             {
