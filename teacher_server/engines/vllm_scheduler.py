@@ -42,10 +42,13 @@ class _ReadsUpToFirstRow(_Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        self._reads_into_blocks = len(managers) == 1 and type(managers[0]) is FullAttentionManager
+        manager, *others = self.kv_cache_manager.coordinator.single_type_managers
+        # Where hashes are finer than blocks, vLLM itself finds hits inside blocks that go on with other tokens: those
+        # need their copy.
+        is_plain = not others and self.connector is None and type(manager) is FullAttentionManager
+        self._reads_into_blocks = is_plain and manager.block_pool.hash_block_size == manager.block_size
         if self._reads_into_blocks:
-            managers[0]._has_partial_local_hit = _needs_no_copy
+            manager._has_partial_local_hit = _needs_no_copy
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         hit = blocks, num_tokens, shared_boundary, is_divergent = super()._get_local_prefix_cache_hit(request)
