@@ -36,7 +36,7 @@ $(STAMP): $(LOCK) pyproject.toml
 demo: $(STAMP) ## distil a toy student from a vLLM teacher over gRPC, then swap the teacher by URL (about 8 minutes)
 	$(BIN)/python -m student_trainer.study.demo --out runs/demo
 
-demo-real: $(STAMP) ## the same line on SmolLM2-135M-Instruct (about 20 minutes)
+demo-real: $(STAMP) ## the same line on SmolLM2-135M-Instruct (about 15 minutes)
 	$(BIN)/python -m student_trainer.study.demo_real --out runs/demo-real
 
 test: $(STAMP) ## the whole test suite

@@ -41,6 +41,10 @@ TASK = ReasoningGymTask(
 MAX_NEW_TOKENS = 32
 NUM_STEPS = 30
 
+TOP_K = 100
+"""Of 49,152 ids. The damaged student spreads its mass, and the default 20 leave what lies outside of them where it is:
+there the loss fell by three quarters and the reverse KL by a third only."""
+
 
 @app.default
 def main(*, out: Path = Path("runs/demo-real"), models: Path = Path("models"), seed: int = 0) -> None:
@@ -61,7 +65,7 @@ def main(*, out: Path = Path("runs/demo-real"), models: Path = Path("models"), s
     with teacher_process(teacher, out / "server", threads=os.cpu_count() or 1) as server:
         console.print("[bold]2/3[/] teacher-server loads the whole model into vLLM")
         url = server.wait()["grpc_url"]
-        console.print(f"[bold]3/3[/] OPD against {url}; one step takes about 30 seconds")
+        console.print(f"[bold]3/3[/] OPD against {url}; one step takes 20 to 40 seconds")
         before = close_to(url, student, seed)
         config = parse_config(
             {
@@ -72,7 +76,7 @@ def main(*, out: Path = Path("runs/demo-real"), models: Path = Path("models"), s
                 "model": {"path": str(student)},
                 "task": TASK.model_dump(),
                 "teacher": {"url": url},
-                "stage": {"kind": "opd"},
+                "stage": {"kind": "opd", "loss": {"top_k": TOP_K}},
                 "rollout": {"max_new_tokens": MAX_NEW_TOKENS},
                 "optim": {"lr": 1e-4, "micro_batch_size": 8},
                 "eval": {"num_problems": 32, "batch_size": 32},
