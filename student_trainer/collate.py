@@ -58,7 +58,7 @@ class Batch:
         weight_BT: float32, what each token's loss is multiplied by; None where every token counts once.
         old_value_BT, return_BT: float32, the critic's value of each token's state, and its target; None without one.
         teacher_entropy_BT: the teacher's entropy in nats; None from a teacher that cannot give it.
-        decile_weight_BTD: see `monitor.decile_weights`; None where nothing is watched by position.
+        decile_BT: see `monitor.deciles`; None where nothing is watched by position.
 
     Padded positions hold token id 0 in the two sequences, PAD_ID in lists of ids, and NaN log-probs.
     """
@@ -79,7 +79,7 @@ class Batch:
     old_value_BT: torch.Tensor | None = None
     return_BT: torch.Tensor | None = None
     teacher_entropy_BT: torch.Tensor | None = None
-    decile_weight_BTD: torch.Tensor | None = None
+    decile_BT: torch.Tensor | None = None
 
     @classmethod
     def empty(cls) -> Batch:

@@ -90,7 +90,6 @@ def _go_on(run: RunFolder, config: TrainConfig, *, quiet: bool) -> Path | None:
                     watched = watch_collected(collected, rewards, student.model, config)
                 num_texts = len(collected.rollouts) or collected.batch.num_sequences
                 data = distributed.means(collected.metrics, num_texts)
-                watched = distributed.means(watched, num_texts)
                 row = full_row(step + 1, data, watched, learner.step(stage, collected), alarms.last_row)
                 row["step_s"] = time.perf_counter() - started
                 if _is_due(step + 1, config.eval.every_steps, config.steps):

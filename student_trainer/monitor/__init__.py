@@ -7,7 +7,7 @@ divergences in nats. A NaN on a response token makes its metric NaN: nothing is 
 
 from student_trainer.monitor.distribution import (
     NUM_DECILES,
-    decile_weights,
+    deciles,
     entropy,
     mass_of,
     sampled_reverse_kl,
@@ -24,17 +24,19 @@ from student_trainer.monitor.support import (
     support_mass,
     unnormalised_loss,
 )
-from student_trainer.monitor.text import Lengths, hedge_frequency, lengths, repeat_ratio, zlib_ratio
+from student_trainer.monitor.text import Counts, Lengths, count, hedge_frequency, lengths, repeat_ratio, zlib_ratio
 
 __all__ = [
     "NUM_DECILES",
     "Bias",
+    "Counts",
     "Lengths",
     "Overlap",
     "SupportMass",
     "bias",
     "bias_ratio",
-    "decile_weights",
+    "count",
+    "deciles",
     "entropy",
     "hedge_frequency",
     "lengths",

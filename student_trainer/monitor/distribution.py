@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protos.records import Float32
+from protos.records import Int32
 from student_trainer.losses.pairing import check_same_shape
 
 NUM_DECILES = 10
@@ -37,14 +37,6 @@ def sampled_reverse_kl(student_logp_BT: Tensor, teacher_logp_BT: Tensor) -> Tens
     return student_logp_BT - teacher_logp_BT
 
 
-def decile_weights(lengths: Sequence[int]) -> list[Float32]:
-    """Weights that turn a mean over all tokens into means by position: one array [T, D] for each response of T tokens.
-
-    Token t of T lies in decile floor(D t / T). Its weight there is N / N_d, the tokens of all responses over those in
-    that decile, and 0 elsewhere: the mean over all N tokens of value times weight is the mean over decile d alone,
-    however the tokens are split into pieces. A decile without a token gives 0.
-    """
-    deciles = [np.arange(length) * NUM_DECILES // length for length in lengths]
-    counts_D = np.bincount(np.concatenate(deciles), minlength=NUM_DECILES)
-    weights_D = sum(lengths) / np.maximum(counts_D, 1)
-    return [(np.eye(NUM_DECILES)[decile_T] * weights_D).astype(np.float32) for decile_T in deciles]
+def deciles(num_tokens: int) -> Int32:
+    """Where in a response of T tokens each of them stands, [T]: token t in decile floor(D t / T), from 0."""
+    return (np.arange(num_tokens) * NUM_DECILES // num_tokens).astype(np.int32)

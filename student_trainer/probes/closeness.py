@@ -111,10 +111,9 @@ def token_mean(rollouts: Sequence[Float64]) -> Mean:
 
 def decile_means(rollouts: Sequence[Float64]) -> list[float]:
     """The mean of the tokens in each tenth of their rollouts, 10 values; NaN for a tenth without tokens."""
-    weights = monitor.decile_weights([len(values) for values in rollouts])
-    total_D = sum(np.nan_to_num(values) @ weight_TD for values, weight_TD in zip(rollouts, weights, strict=True))
-    has_token_D = sum(weight_TD.sum(0) for weight_TD in weights) > 0
-    return np.where(has_token_D, total_D / sum(map(len, rollouts)), np.nan).tolist()
+    values = np.concatenate(rollouts)
+    deciles = np.concatenate([monitor.deciles(len(rollout)) for rollout in rollouts])
+    return [float(np.mean(values[deciles == d])) if d in deciles else math.nan for d in range(monitor.NUM_DECILES)]
 
 
 def summary(rollouts: Sequence[Mapping[str, Float64]]) -> dict[str, dict[str, object]]:

@@ -28,7 +28,9 @@ class Collected:
         minibatches: what each optimiser update of an epoch learns from, in order; None is all of `batch` at once.
         num_epochs: passes over the minibatches.
         rewards: of the rollouts; empty where the stage has no use for them.
-        full_vocabulary: the first rollouts with the teacher's log-probs of the whole vocabulary, where due.
+        full_vocabulary: this rank's part of the first rollouts, with the teacher's log-probs of the whole vocabulary,
+            where due.
+        is_whole: whether every rank has all of it.
     """
 
     batch: Batch
@@ -38,6 +40,7 @@ class Collected:
     num_epochs: int = 1
     rewards: Sequence[float] = ()
     full_vocabulary: Batch | None = None
+    is_whole: bool = False
 
     def updates(self) -> Iterator[Batch]:
         """The batch of each optimiser update of the step, in order; none when there is nothing to learn from."""

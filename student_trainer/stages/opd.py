@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from protos.records import ScoreResult
-from student_trainer import monitor
+from student_trainer import distributed, monitor
 from student_trainer.collate import Batch, collate
 from student_trainer.pipeline import Pipeline
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
@@ -35,7 +35,8 @@ MAX_WEIGHT = 2.0
 
 @dataclass(frozen=True)
 class FullVocabulary:
-    """How often, and for how many of a step's rollouts, the teacher gives its whole vocabulary of V ids; 0 is never."""
+    """How often, and for how many of all ranks' rollouts of a step, the teacher gives its whole vocabulary of V ids;
+    0 is never."""
 
     every_steps: int
     num_rollouts: int
@@ -151,7 +152,10 @@ class Opd:
         full = self._full_vocabulary
         if not full.every_steps or (step + 1) % full.every_steps:
             return None
-        first = rollouts[: full.num_rollouts]
+        before = distributed.share(range(self._problems_per_step))[0] * self._sampling.num_samples
+        first = rollouts[: max(0, full.num_rollouts - before)]
+        if not first:
+            return None
         wanted = Wanted(teacher_top_k=full.vocab_size)
         return collate_scored(first, self._scorer.score(first, wanted))
 
@@ -193,5 +197,5 @@ def collate_scored(rollouts: Sequence[Rollout], results: Sequence[ScoreResult], 
         teacher_top_logp_BTK=[result.top_logprobs for result in results],
         teacher_candidate_logp_BTM=[result.candidate_logprobs for result in results],
         teacher_entropy_BT=entropies or None,
-        decile_weight_BTD=monitor.decile_weights([len(rollout.completion_ids) for rollout in rollouts]),
+        decile_BT=[monitor.deciles(len(rollout.completion_ids)) for rollout in rollouts],
     )

@@ -53,4 +53,5 @@ def collected(config: PolicyStage, batch: Batch, experience: Experience, metrics
         minibatches=batch.shares(config.num_minibatches),
         num_epochs=config.num_epochs,
         rewards=experience.rewards,
+        is_whole=True,
     )

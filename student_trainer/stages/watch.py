@@ -8,13 +8,16 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from student_trainer import losses, monitor
+from student_trainer import distributed, losses, monitor
 from student_trainer.alarms import SKIPPED
 from student_trainer.collate import Batch, completion_logits
 from student_trainer.config import TrainConfig
-from student_trainer.rollout.base import Rollout
 from student_trainer.run_folder import Row
 from student_trainer.stages.base import Collected, Metrics
+
+DECILE_ENTROPY = "entropy_decile_"
+DECILE_SHARE = "share_decile_"
+"""Before the number of a decile: a step's metrics have the first alone, see `full_row`."""
 
 
 @torch.no_grad()
@@ -27,6 +30,8 @@ def watch_tokens(
     eos_token_ids: Sequence[int],
 ) -> Metrics:
     """Monitors of the tokens in `batch`, each a mean over them, so that pieces of a batch add up by their tokens.
+
+    The entropy by decile is its sum over the decile's tokens alone, beside their share, by which `full_row` divides.
 
     Args:
         logp_BTV: the student's log-probs.
@@ -60,9 +65,10 @@ def watch_tokens(
     if batch.teacher_entropy_BT is not None:
         values["teacher_entropy"] = batch.teacher_entropy_BT
         values["entropy_gap"] = entropy_BT - batch.teacher_entropy_BT
-    if batch.decile_weight_BTD is not None:
-        by_decile_BTD = entropy_BT[..., None] * batch.decile_weight_BTD
-        values |= {f"entropy_decile_{d}": by_decile_BTD[..., d] for d in range(monitor.NUM_DECILES)}
+    if batch.decile_BT is not None:
+        for d in range(monitor.NUM_DECILES):
+            share_BT = (batch.decile_BT == d).float()
+            values |= {f"{DECILE_SHARE}{d}": share_BT, f"{DECILE_ENTROPY}{d}": entropy_BT * share_BT}
     return monitor.token_means(values, batch.mask_BT)
 
 
@@ -119,19 +125,24 @@ def watch_full_vocabulary(model: PreTrainedModel, batch: Batch, temperature: flo
 def watch_collected(
     collected: Collected, rewards: Sequence[float], model: PreTrainedModel, config: TrainConfig
 ) -> Metrics:
-    """Monitors of a step's data before it is learnt from; `watch_s` is what they took."""
+    """Monitors of all ranks' data of a step before it is learnt from; `watch_s` is what they took here."""
     started = time.perf_counter()
-    metrics: Metrics = {}
-    if collected.rollouts:
-        metrics |= watch_rollouts(collected.rollouts, rewards, config.watch.hedges)
-    if collected.full_vocabulary is not None:
-        metrics |= watch_full_vocabulary(model, collected.full_vocabulary, config.rollout.temperature)
+    counts = [
+        monitor.count(rollout.text, rollout.completion_ids.tolist(), config.watch.hedges, rollout.is_finished)
+        for rollout in collected.rollouts
+    ]
+    own = (counts, rewards)
+    metrics = watch_written([own] if collected.is_whole else distributed.gather(own))
+    full, num_tokens = {}, 0
+    if (batch := collected.full_vocabulary) is not None:
+        full, num_tokens = watch_full_vocabulary(model, batch, config.rollout.temperature), batch.num_tokens
+    metrics |= distributed.means(full, num_tokens)
     return metrics | {"watch_s": time.perf_counter() - started}
 
 
 def full_row(num_steps: int, data: Metrics, watched: Metrics, learnt: Row, last_row: Row) -> Row:
     """A step's line in metrics.jsonl, with what follows from two of its figures or from the line before."""
-    row = {"step": num_steps, **data, **watched, **learnt}
+    row = {"step": num_steps, **data, **watched, **_by_decile(learnt)}
     row["watch_s"] = watched["watch_s"] + learnt["watch_s"]
     # Of the student, and of a critic that learnt before it did.
     row[SKIPPED] = last_row.get(SKIPPED, 0) + learnt[SKIPPED] + data.get(SKIPPED, 0)
@@ -140,17 +151,28 @@ def full_row(num_steps: int, data: Metrics, watched: Metrics, learnt: Row, last_
     return row
 
 
-def watch_rollouts(rollouts: Sequence[Rollout], rewards: Sequence[float], hedges: Sequence[str]) -> Metrics:
-    """Monitors of what the student wrote in one step."""
-    num_tokens = [len(rollout.completion_ids) for rollout in rollouts]
-    texts = [rollout.text for rollout in rollouts]
-    lengths = monitor.lengths(num_tokens, [rollout.is_finished for rollout in rollouts])
+def _by_decile(learnt: Row) -> Row:
+    """`learnt` with each decile's mean entropy in place of its sum and its share; 0 where no token was in it."""
+    row = dict(learnt)
+    for name in [name for name in learnt if DECILE_SHARE in name]:
+        share, mean = row.pop(name), name.replace(DECILE_SHARE, DECILE_ENTROPY)
+        row[mean] = row[mean] / share if share else 0.0
+    return row
+
+
+def watch_written(parts: Sequence[tuple[Sequence[monitor.Counts], Sequence[float]]]) -> Metrics:
+    """Monitors of what the student wrote in one step, from each rank's counts and rewards; none of no text."""
+    responses = [one for counts, _ in parts for one in counts]
+    rewards = [reward for _, own in parts for reward in own]
+    if not responses:
+        return {}
+    lengths = monitor.lengths(responses)
     return {
         "reward": sum(rewards) / len(rewards),
         "length_mean": lengths.mean,
         "length_p95": lengths.p95,
         "truncation_rate": lengths.truncation_rate,
-        "hedge_frequency": monitor.hedge_frequency(texts, sum(num_tokens), hedges),
-        "repeat_ratio": monitor.repeat_ratio([rollout.completion_ids.tolist() for rollout in rollouts]),
-        "zlib_ratio": monitor.zlib_ratio(texts),
+        "hedge_frequency": monitor.hedge_frequency(responses),
+        "repeat_ratio": monitor.repeat_ratio(responses),
+        "zlib_ratio": monitor.zlib_ratio(responses),
     }

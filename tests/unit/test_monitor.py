@@ -1,14 +1,15 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from student_trainer.losses import Support
 from student_trainer.monitor import (
+    Counts,
     bias,
     bias_ratio,
-    decile_weights,
+    count,
+    deciles,
     entropy,
     hedge_frequency,
     lengths,
@@ -24,6 +25,7 @@ from student_trainer.monitor import (
 )
 
 NAN = math.nan
+HEDGES = ("wait", "but", "maybe")
 # One response of two tokens and a padding token that holds NaN.
 MASK = torch.tensor([[True, True, False]])
 
@@ -154,58 +156,54 @@ def test_sampled_reverse_kl_is_unbiased() -> None:
     assert mean(sampled_reverse_kl(student, teacher)) == pytest.approx(0.5 * math.log(4 / 3), abs=1e-7)
 
 
-def test_decile_weights_give_the_mean_of_each_decile_from_any_pieces() -> None:
-    """Lengths 20 and 10: decile d holds tokens 2d and 2d + 1 of the first response and token d of the second."""
-    values = [np.arange(20.0), 100 + np.arange(10.0)]
-    weighted = [value[:, None] * weight for value, weight in zip(values, decile_weights([20, 10]), strict=True)]
-    expected = [(2 * d + (2 * d + 1) + (100 + d)) / 3 for d in range(10)]
-    np.testing.assert_allclose(np.concatenate(weighted).mean(0), expected, rtol=1e-6)
-    # In pieces of 20 and 10 tokens, each a mean of its own, weighted by their tokens.
-    pieces = (weighted[0].mean(0) * 20 + weighted[1].mean(0) * 10) / 30
-    np.testing.assert_allclose(pieces, expected, rtol=1e-6)
-
-
-def test_a_response_shorter_than_ten_tokens_leaves_deciles_empty() -> None:
-    (weights,) = decile_weights([2])  # tokens in deciles 0 and 5, each N / N_d = 2 / 1
-    assert weights[0].tolist() == [2] + [0] * 9
-    assert weights[1].tolist() == [0] * 5 + [2] + [0] * 4
+def test_deciles_are_tenths_of_a_response() -> None:
+    assert deciles(20).tolist() == [d for d in range(10) for _ in range(2)]
+    # Token t of 3 in decile floor(10 t / 3): 0, 3.33 and 6.67; of a response shorter than ten, most have no token.
+    assert deciles(3).tolist() == [0, 3, 6]
 
 
 def test_metrics_need_a_response_token() -> None:
     with pytest.raises(ValueError, match="0 tokens"):
         token_means({"x": torch.zeros(1, 1)}, torch.tensor([[False]]))
     with pytest.raises(ValueError, match="0 tokens"):
-        hedge_frequency([""], 0, ["but"])
+        hedge_frequency([of_text("")])
     with pytest.raises(ValueError, match="0 tokens"):
-        repeat_ratio([[], []])
+        repeat_ratio([of_ids([]), of_ids([])])
+
+
+def of_text(text: str, num_tokens: int = 0) -> Counts:
+    return count(text, range(num_tokens), HEDGES, is_finished=True)
+
+
+def of_ids(ids: list[int], *, is_finished: bool = True) -> Counts:
+    return count("", ids, HEDGES, is_finished=is_finished)
 
 
 def test_lengths() -> None:
     # 1, 2, 3 and 4 tokens: mean 2.5; the 95th percentile lies .95 * 3 = 2.85 steps up the sorted list: 3.85.
-    result = lengths([4, 1, 3, 2], [False, True, True, True])
+    result = lengths([of_ids([0] * 4, is_finished=False), of_ids([0]), of_ids([0] * 3), of_ids([0] * 2)])
     assert (result.mean, result.p95, result.truncation_rate) == pytest.approx((2.5, 3.85, 0.25))
 
 
 def test_hedge_frequency_counts_whole_words_per_token() -> None:
-    # "Wait", "but" and "maybe" hedge, "waiter" and "butter" do not: 3 of 10 tokens.
-    texts = ["Wait, but the waiter", "ate butter, maybe."]
-    assert hedge_frequency(texts, 10, ["wait", "but", "maybe"]) == 0.3
-    assert hedge_frequency(["so be it, so"], 4, ["so"]) == 0.5
+    # "Wait", "but" and "maybe" hedge, "waiter" and "butter" do not: 3 of 4 + 6 tokens.
+    assert hedge_frequency([of_text("Wait, but the waiter", 4), of_text("ate butter, maybe.", 6)]) == 0.3
+    assert hedge_frequency([of_text("but be it, but", 4)]) == 0.5
 
 
 def test_repeat_ratio_is_over_tokens_and_never_across_responses() -> None:
     # 1 2 3 1 2 3: trailing 3-grams 123 231 312 123, the last one seen before: 1 of 6.
-    assert repeat_ratio([[1, 2, 3, 1, 2, 3]]) == pytest.approx(1 / 6)
+    assert repeat_ratio([of_ids([1, 2, 3, 1, 2, 3])]) == pytest.approx(1 / 6)
     # 7 7 7 7 7: 777 three times, two of them repeats: 2 of 5.
-    assert repeat_ratio([[7] * 5]) == pytest.approx(2 / 5)
-    assert repeat_ratio([[1, 2, 3], [1, 2, 3], [4]]) == 0.0
+    assert repeat_ratio([of_ids([7] * 5)]) == pytest.approx(2 / 5)
+    assert repeat_ratio([of_ids([1, 2, 3]), of_ids([1, 2, 3]), of_ids([4])]) == 0.0
 
 
 def test_zlib_ratio_weighs_texts_by_their_bytes() -> None:
     # An empty text has no bytes. A repeated letter deflates to almost nothing, "a" to 3 bytes: 3 / 1.
-    assert zlib_ratio(["a", ""]) == 3.0
-    assert zlib_ratio(["ab" * 5000]) < 0.01
+    assert zlib_ratio([of_text("a"), of_text("")]) == 3.0
+    assert zlib_ratio([of_text("ab" * 5000)]) < 0.01
     # Each alone: a text's twin does not make it shorter.
-    text = "the quick brown fox jumps over the lazy dog"
+    text = of_text("the quick brown fox jumps over the lazy dog")
     assert zlib_ratio([text, text]) == zlib_ratio([text])
-    assert math.isnan(zlib_ratio([""]))
+    assert math.isnan(zlib_ratio([of_text("")]))

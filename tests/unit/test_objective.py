@@ -1,17 +1,19 @@
 """Every kind of loss from its config: what it asks of the teacher, and its value from the teacher's answer."""
 
 import warnings
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 
-from student_trainer import losses
+from student_trainer import losses, monitor
 from student_trainer.collate import Batch
 from student_trainer.config import LossConfig
 from student_trainer.config.loss import FULL_VOCABULARY, SAMPLED, LossKind
 from student_trainer.scoring import Wanted
 from student_trainer.stages.objective import Objective
+from student_trainer.stages.watch import full_row
 
 V, K, T = 11, 4, 3
 TEMPERATURE = 0.7
@@ -95,6 +97,27 @@ def test_the_support_that_is_watched_has_the_teachers_mass_in_a_whole_vocabulary
     metrics = wired.watch(logits.detach(), batch)
     # Means are of float32 values: half a unit in the last place of 1 is 6e-8.
     assert metrics["support_teacher_mass"] == pytest.approx(float(mass_BT[batch.mask_BT].mean()), abs=1e-7)
+
+
+def test_the_entropy_by_decile_is_that_of_its_tokens_from_any_pieces() -> None:
+    """A step's row has it from the sums of pieces: here of tokens 0 and 1, in deciles 2 and 3, and of 0 again, in 2."""
+    wired = objective(kind="reverse_kl")
+    logits, batch, _ = answered(wired.wanted)
+    logits = logits.detach()
+    entropy_T = monitor.entropy(*(f(losses.log_probs(logits, TEMPERATURE)) for f in (torch.exp, torch.clone)))[0]
+    pieces = [
+        (batch, [2, 3, -1], 2 / 3),
+        (replace(batch, mask_BT=torch.tensor([[True, False, False]])), [2, -1, -1], 1 / 3),
+    ]
+    learnt = {"watch_s": 0.0, "skipped_steps": 0.0}
+    for piece, deciles, weight in pieces:
+        metrics = wired.watch(logits, replace(piece, decile_BT=torch.tensor([deciles])))
+        learnt |= {name: learnt.get(name, 0.0) + weight * value for name, value in metrics.items()}
+    row = full_row(1, {}, {"watch_s": 0.0}, learnt, {})
+    by_decile = [row.pop(f"entropy_decile_{d}") for d in range(10)]
+    # Single float32 rounding of each value: 2^-24 of entropies of at most ln 11.
+    assert by_decile == pytest.approx([0, 0, float(entropy_T[0]), float(entropy_T[1]), *[0] * 6], abs=2e-7)
+    assert not any("decile" in name for name in row)
 
 
 def test_a_loss_asks_for_no_more_than_it_and_its_monitors_need() -> None:
