@@ -27,7 +27,7 @@ class Alarm:
         rule: the rule that it broke.
         step: at which it did.
         since: the first step of those on end in which the signal was out of bounds.
-        value: of the signal at `step`.
+        value: of the signal at `step`, or its mean where the rule is of means.
         threshold: that it is beyond at `step`.
         num_steps: optimiser steps so far, those that were rolled back included.
         action: what follows: the rule's, or "stop" for a roll-back too many.
@@ -58,6 +58,9 @@ class Alarm:
         rule = self.rule
         if rule.above_lowest is not None:
             return f" (its lowest so far and {rule.above_lowest:g})"
+        if rule.errors_above_lowest is not None:
+            margin = f"{rule.errors_above_lowest:g} standard errors"
+            return f" (its lowest so far and {margin}, as means of {rule.for_steps} steps)"
         if rule.below_highest is not None:
             return f" ({rule.below_highest:g} of its highest so far)"
         return ""
@@ -91,42 +94,77 @@ class Alarm:
 
 @dataclass
 class _Streak:
-    """For how many logged steps on end a signal has been out of bounds, and its best so far."""
+    """For how many logged steps on end a signal has been out of bounds, and its best and its noise so far."""
 
     rule: Rule
     length: int = 0
     since: int = 0
     is_logged: bool = False
+    value: float = math.nan
     threshold: float = math.nan
     best: float = math.nan
-    recent: list[float] = field(default_factory=list)
+    recent: list[tuple[int, float]] = field(default_factory=list)
+    num_changes: int = 0
+    square_changes: float = 0.0
 
     def extend(self, row: dict[str, Any]) -> None:
-        rule = self.rule
-        value = row.get(rule.signal, math.nan)
-        self.is_logged = not math.isnan(value) and row["step"] >= rule.from_step
+        rule, step = self.rule, row["step"]
+        self.value, first = row.get(rule.signal, math.nan), step
+        self.is_logged = not math.isnan(self.value) and step >= rule.from_step
         if not self.is_logged:
             return
-        self.threshold = rule.threshold(self.best)  # NaN before there is a best: nothing is beyond it
-        self._learn(value)
-        if (value > self.threshold) if rule.side == "above" else (value < self.threshold):
-            self.since = self.since if self.length else row["step"]
+        self.threshold = rule.threshold(self.best, self._error)  # NaN before there is a best: nothing is beyond it
+        self._learn(step, self.value)
+        if self._is_of_means and math.isfinite(self.value):
+            self.value, first = self._mean, self.recent[0][0]
+        if (self.value > self.threshold) if rule.side == "above" else (self.value < self.threshold):
+            self.since = self.since if self.length else first
             self.length += 1
         else:
             self.length = 0
 
-    def _learn(self, value: float) -> None:
+    def _learn(self, step: int, value: float) -> None:
         if not math.isfinite(value):
             return
-        self.recent = [*self.recent, value][-self.rule.for_steps :]
+        if self.recent:
+            self.num_changes += 1
+            self.square_changes += (value - self.recent[-1][1]) ** 2
+        self.recent = [*self.recent, (step, value)][-self.rule.for_steps :]
         if len(self.recent) == self.rule.for_steps:
-            mean = statistics.fmean(self.recent)
             pick = min if self.rule.side == "above" else max
-            self.best = mean if math.isnan(self.best) else pick(self.best, mean)
+            self.best = self._mean if math.isnan(self.best) else pick(self.best, self._mean)
+
+    @property
+    def _mean(self) -> float:
+        return statistics.fmean(value for _, value in self.recent)
+
+    @property
+    def _error(self) -> float:
+        """The standard error of a mean, from the mean square of successive differences, twice the variance of a step,
+        into which a trend hardly enters (von Neumann 1941)."""
+        return (
+            math.sqrt(self.square_changes / (2 * self.num_changes * self.rule.for_steps)) if self.num_changes else 0.0
+        )
+
+    @property
+    def _is_of_means(self) -> bool:
+        return self.rule.errors_above_lowest is not None
+
+    @property
+    def num_needed(self) -> int:
+        """The length at which the rule is broken."""
+        return 1 if self._is_of_means else self.rule.for_steps
 
     @property
     def is_over(self) -> bool:
-        return self.is_logged and self.length >= self.rule.for_steps
+        return self.is_logged and self.length >= self.num_needed
+
+    @property
+    def may_be_out_since(self) -> float:
+        """The first step of a breach that is or may yet become one; infinite when there is none."""
+        if self._is_of_means and self.recent and not self.length:
+            return self.recent[0][0]
+        return self.since if self.length else math.inf
 
 
 class Alarms:
@@ -167,7 +205,7 @@ class Alarms:
     @property
     def breached_since(self) -> float:
         """The first step of the oldest breach that may yet lead to a roll-back; infinite when there is none."""
-        breaches = [s.since for s in self._streaks if s.length and s.rule.action == "roll_back"]
+        breaches = [streak.may_be_out_since for streak in self._streaks if streak.rule.action == "roll_back"]
         return min(breaches, default=math.inf)
 
     def _extend(self, row: dict[str, Any]) -> None:
@@ -179,7 +217,7 @@ class Alarms:
         alarms = [
             self._alarm(streak)
             for streak in self._streaks
-            if streak.is_over and (streak.rule.action != "warn" or (is_new and streak.length == streak.rule.for_steps))
+            if streak.is_over and (streak.rule.action != "warn" or (is_new and streak.length == streak.num_needed))
         ]
         return sorted(alarms, key=lambda alarm: ("warn", "roll_back", "stop").index(alarm.action))
 
@@ -187,8 +225,8 @@ class Alarms:
         action = streak.rule.action
         if action == "roll_back" and not self._can_roll_back:
             action = "stop"
-        step, value = self.last_row["step"], float(self.last_row[streak.rule.signal])
-        return Alarm(streak.rule, step, streak.since, value, streak.threshold, step + self._num_undone, action)
+        step = self.last_row["step"]
+        return Alarm(streak.rule, step, streak.since, streak.value, streak.threshold, step + self._num_undone, action)
 
 
 def unknown_signals(rules: Sequence[Rule], row: Collection[str]) -> list[str]:

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:biased_revers
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Collapse:
     """The study's, ended soon after its alarm."""
-    return Collapse(tmp_path_factory.mktemp("collapse"), seed=0, sizes=Sizes(steps=70))
+    return Collapse(tmp_path_factory.mktemp("collapse"), seed=0, sizes=Sizes(steps=50))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_on_the_biased_loss_a_default_rule_rolls_back_before_the_answers_are_hal
     (alarm,) = read_rows(run / "alarms.jsonl")
     assert alarm["action"] == "roll_back"
     assert alarm["signal"] == "reverse_kl"
-    # From before the ten steps on end that the rule asks for.
+    # From before the ten steps whose mean the rule is of.
     assert roll_back["from_step"] == alarm["step"]
     assert roll_back["to_step"] <= alarm["step"] - 10
     assert roll_back["loss"]["kind"] == "stop_gradient_reverse_kl"

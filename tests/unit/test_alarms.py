@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -150,6 +151,40 @@ def test_a_rise_is_counted_from_the_lowest_mean_of_as_many_steps():
     )
 
 
+def test_a_rise_in_standard_errors_is_of_means():
+    alarms = Alarms(watch({"signal": "x", "errors_above_lowest": 2.0, "for_steps": 2}))
+    # Means of two: 1, 1, 1, 1, 3, 6. At 6 the squares of the changes have the mean 4: error sqrt(4 / (2 * 2)) = 1,
+    # threshold 1 + 2. At 7 they are 4, 4, 4, 4 and 36: error sqrt(10.4 / 4) = 1.612, threshold 4.225.
+    rows = [{"step": step, "x": x} for step, x in enumerate((0, 2, 0, 2, 0, 6, 6), 1)]
+    (alarm,) = [alarm for row in rows for alarm in alarms.observe(row)]
+    assert (alarm.step, alarm.since, alarm.value) == (7, 6, 6)
+    assert alarm.threshold == pytest.approx(1 + 2 * math.sqrt(10.4 / 4))
+    assert alarm.sentence == (
+        "step 7: x is 6, above 4.225 (its lowest so far and 2 standard errors, as means of 2 steps) since step 6, "
+        "after 7 steps in all"
+    )
+
+
+def test_a_mean_may_roll_back_to_before_its_first_step():
+    rule = {"signal": "x", "errors_above_lowest": 2.0, "for_steps": 3, "action": "roll_back", "lr_scale": 0.5}
+    alarms = Alarms(watch(rule))
+    assert sounded(alarms, [math.inf, 0, 1, 0, 1, 0]) == []
+    assert alarms.breached_since == 4
+    # Lowest mean 1/3, error sqrt(1 / (2 * 3)) = .41: the mean of steps 5 to 7, 10/3, is above 1.15.
+    assert sounded(alarms, [9], first_step=7) == [(7, "roll_back")]
+    assert alarms.breached_since == 5
+
+
+def test_a_steady_divergence_sounds_no_default_rule_and_a_drift_within_its_noise_does():
+    noise = np.random.default_rng(0).normal(0.02, 0.02, 2000)
+    assert sounded(Alarms(WatchConfig()), noise, signal="reverse_kl") == []
+    # Up by a noise of .02 in 20 steps: 10 errors of a mean of ten, .0632, in some 63 and the 5 to a mean's middle.
+    drift = noise + 0.001 * np.maximum(0, np.arange(2000) - 500)
+    (first, action), *_ = sounded(Alarms(WatchConfig()), drift, signal="reverse_kl")
+    assert action == "warn"
+    assert 500 < first < 600
+
+
 def test_a_fall_is_counted_from_the_highest_mean_of_as_many_steps():
     alarms = Alarms(watch({"signal": "x", "below_highest": 0.5, "for_steps": 2}))
     # One high step alone is no peak: means .3, .55, .5, .15, .05; below .275 at 4 and 5.
@@ -200,16 +235,19 @@ def test_a_loss_below_a_twentieth_leaves_a_gap_at_least_as_wide():
     assert (monitor.unnormalised_loss(logp, logq, everything) - gap).min() > -1e-6
 
 
+ALL = "above, below, above_lowest, errors_above_lowest, below_highest"
+
+
 @pytest.mark.parametrize(
     ("rule", "sentence"),
     [
         (
             {"signal": "x"},
-            "rule on x: no threshold given; give one of above, below, above_lowest, below_highest",
+            f"rule on x: no threshold given; give one of {ALL}",
         ),
         (
             {"signal": "x", "above": 1, "below": 0},
-            "rule on x: above and below given; give one of above, below, above_lowest, below_highest",
+            f"rule on x: above and below given; give one of {ALL}",
         ),
         ({"signal": "x", "above": 1, "action": "roll_back"}, "roll_back needs lr_scale or loss"),
         ({"signal": "x", "above": 1, "lr_scale": 0.5}, 'lr_scale and loss are for action = "roll_back"'),
