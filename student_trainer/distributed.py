@@ -108,8 +108,8 @@ def sums(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def means(values: Mapping[str, float], weight: float) -> dict[str, float]:
-    """The mean over all ranks' things of each named value, which is here the mean over `weight` of them; a name that a
-    rank lacks counts no thing there."""
+    """Means over what all ranks have, from each rank's named means over the `weight` things that it has; a name that a
+    rank lacks counts none there."""
     if world_size() == 1:
         return dict(values)
     totals = sums({name: value * weight for name, value in values.items()})

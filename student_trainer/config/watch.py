@@ -99,10 +99,10 @@ None rolls back, since only the user knows to which rate or loss.
 - support_gap, P - Q: where the stop-gradient loss stops it is 0, where the unnormalised one does it is
   -(1 - 1/e) Q = -.63 Q; -.05 is a twelfth of the way. No rule reads the unnormalised loss L: L >= P log(P/Q) >= P - Q
   at every token, so it is never below -.05 before the gap is.
-- reverse_kl: it falls or rests under every loss without the bias, and the bias raises it from the first step on. The
-  means of W stretches of mere noise lie within some 2 sqrt(2 ln W) standard errors of each other, 8.6 for the ten
-  thousand of a hundred thousand steps; 10 leaves room for the error of the error. P - Q moves a few steps sooner, but
-  also, by 9.6 errors, in a sound run of SmolLM2, while the reverse KL fell.
+- reverse_kl: it falls or rests under every loss without the bias, at a rate that the student bears; the bias raises it
+  from the first step on. The means of W stretches of mere noise lie within some 2 sqrt(2 ln W) standard errors of each
+  other, 8.6 for the ten thousand of a hundred thousand steps; 10 leaves room for the error of the error. P - Q moves a
+  few steps sooner, but also, by 9.6 errors, in a sound run of SmolLM2, while the reverse KL fell.
 - reverse_kl half a nat a token above its lowest: no stable run of the toy world came near.
 - reward, and held-out accuracy by the upper end of its 95 % interval, so that a few problems do not sound it: a
   collapse is a fall to half of the peak. Twice on end, so that a run that is evaluated before and after alone goes on.
