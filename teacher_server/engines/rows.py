@@ -16,6 +16,7 @@ import torch
 
 from protos.records import PAD_ID, Float32
 from teacher_server.engines.base import ScoreRows, ScoreTask
+from teacher_server.engines.largest import largest
 
 MAX_FLOAT32_ID = 2**24
 """Ids travel as float32 values, which hold every integer up to here exactly."""
@@ -99,7 +100,7 @@ def score_rows(
     max_R1 = scaled_RV.amax(-1, keepdim=True)
     log_sum_R1 = (scaled_RV - max_R1).exp_().sum(-1, keepdim=True).log_()
 
-    top_RK, top_ids_RK = scaled_RV.topk(top_k, dim=-1)
+    top_RK, top_ids_RK = largest(scaled_RV, top_k)
     candidates_RM = scaled_RV.gather(-1, candidate_ids_RM.clamp_min(0)).masked_fill(
         candidate_ids_RM == PAD_ID, float("nan")
     )
