@@ -25,8 +25,8 @@ from rich.table import Table
 
 from protos.client import connect
 from protos.records import ScoreItem, ScoreResult
-from tests.bench.scoring import interval
 from tests.bench.served import served
+from tests.bench.tables import interval
 from tests.harness import ROOT
 from tests.tiny_model import build_tiny_qwen3
 

@@ -46,8 +46,8 @@ from student_trainer.config import parse_config
 from student_trainer.study.teacher_process import teacher_process
 from student_trainer.tasks import ToyTask, build_task
 from tests.bench.alone import alone
-from tests.bench.scoring import interval
 from tests.bench.served import peak_bytes, reset_peak
+from tests.bench.tables import interval
 from tests.tiny_model import build_tiny_qwen3
 
 PROMPTS = 32

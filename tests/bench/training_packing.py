@@ -23,7 +23,7 @@ from student_trainer.config import parse_config
 from student_trainer.loop import train
 from student_trainer.run_folder import read_rows
 from student_trainer.study.toy import build_toy_model
-from tests.bench.scoring import interval
+from tests.bench.tables import interval
 
 STEPS, WARM_STEPS = 12, 2
 
