@@ -12,14 +12,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
-import vllm
 from starlette.types import ASGIApp
-from transformers import AutoConfig
 from vllm import RequestOutput, SamplingParams
-from vllm.config.lora import MaxLoRARanks
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -45,53 +42,25 @@ from teacher_server.engines.base import (
     WeightsUntouchedError,
 )
 from teacher_server.engines.orphan import adopt_workers
-from teacher_server.engines.vllm_paths import OfficialFields, RunnerRows, ScorePath, prefill_params
+from teacher_server.engines.vllm_config import (
+    CPU_BLOCK_SIZE,
+    CPU_KV_CACHE_GIB,
+    MAX_BATCHED_TOKENS,
+    MAX_TOP_K,
+    OWNED_ARGS,
+    SCORING_WORKER,
+    engine_config,
+    engine_info,
+    lora_args,
+)
+from teacher_server.engines.vllm_paths import ScorePath, prefill_params
 from teacher_server.engines.vllm_transfer import expected_tensors, rendezvous
-
-SCORING_WORKER = "teacher_server.engines.vllm_worker.ScoringWorker"
-SCORING_SCHEDULER = "teacher_server.engines.vllm_scheduler.ScoringScheduler"
-ASYNC_SCORING_SCHEDULER = "teacher_server.engines.vllm_scheduler.AsyncScoringScheduler"
-
-ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    # The V2 model runner can neither scale by a temperature nor compute an entropy: see vllm_paths.OfficialFields.
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-}
-"""vLLM's own switches, where the user set none."""
-
-MAX_TOP_K = 1024
-"""Per row; also the limit of candidates. A bound on the reply, 8 KB a token, not on what the worker can compute."""
-
-MAX_BATCHED_TOKENS = 8192
-"""Prompt tokens of one step: longer prompts are prefilled in chunks."""
-
-CPU_KV_CACHE_GIB = 1.0
-"""Small on purpose: vLLM's own default reserves most of a machine that the trainer may share."""
-
-CPU_BLOCK_SIZE = 32
-"""Tokens of a block of the KV cache, of which whole ones are shared: the smallest that vLLM's CPU attention takes. Its
-default of 128 leaves 64 tokens of an average prompt to be computed again for each completion, this one 16."""
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 """What vLLM samples at: it refuses more, and replaces less by the minimum without an error. Scoring has no bounds."""
 
 DEATH_POLL_S = 0.1
 """How often `died` looks; vLLM's own watch over its processes sets the flag at once and tells nobody."""
-
-OWNED_ARGS = frozenset(
-    {
-        "generation_config",
-        "logprobs_mode",
-        "runner",
-        "scheduler_cls",
-        "skip_tokenizer_init",
-        "trust_remote_code",
-        "weight_transfer_config",
-        "worker_cls",
-    }
-)
-"""Arguments of vLLM that the engine's exactness or safety rests on."""
 
 
 class VllmEngine:
@@ -167,53 +136,16 @@ class VllmEngine:
                 "worker_cls": SCORING_WORKER,
                 "weight_transfer_config": weights_transfer and WeightTransferConfig(backend=weights_transfer),
             }
-            | (_lora_args(max_adapters, max_lora_rank) if max_adapters else {})
+            | (lora_args(max_adapters, max_lora_rank) if max_adapters else {})
             | extra
         )
         return await asyncio.to_thread(cls._start, args)
 
     @classmethod
     def _start(cls, args: AsyncEngineArgs) -> VllmEngine:
-        """Checks the configuration that vLLM derives, then starts it."""
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        if current_platform.is_cpu() and args.tensor_parallel_size == args.pipeline_parallel_size == 1:
-            # Keeps the worker inside the engine core's process, which starts twice as fast as two processes do.
-            args.distributed_executor_backend = args.distributed_executor_backend or "uni"
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         adopt_workers()
-        if args.dtype == "auto":
-            args.dtype = _own_dtype(args.model, args.revision)
-        config = args.create_engine_config()
-        if config.speculative_config is not None:
-            raise ValueError("speculative decoding is refused: vLLM's prompt rows are silently wrong with it")
-        path: ScorePath = RunnerRows()
-        if config.use_v2_model_runner:
-            path = OfficialFields()
-            config.parallel_config.worker_cls = "vllm.v1.worker.gpu_worker.Worker"
-        else:
-            scheduler = config.scheduler_config
-            scheduler.scheduler_cls = ASYNC_SCORING_SCHEDULER if scheduler.async_scheduling else SCORING_SCHEDULER
-        model = config.model_config
-        vocab_size = model.get_vocab_size()
-        info = EngineInfo(
-            model=model.model,
-            revision=model.revision or "",
-            vocab_size=vocab_size,
-            max_context_tokens=model.max_model_len - path.num_reserved_tokens,
-            max_top_k=min(MAX_TOP_K, vocab_size),
-            max_candidates=MAX_TOP_K,
-            supports=path.supports,
-            exact_temperature=path.exact_temperature,
-            prefix_cache=bool(config.cache_config.enable_prefix_caching),
-            dtype=str(model.dtype).removeprefix("torch."),
-            engine="vllm",
-            engine_version=vllm.__version__,
-            score_path=path.name,
-            determinism="equal requests agree to rounding: batching and the prefix cache change the order of sums",
-            weights_transfer=config.weight_transfer_config.backend if config.weight_transfer_config else "",
-            num_workers=config.parallel_config.world_size_across_dp,
-        )
+        config, path = engine_config(args)
+        info = engine_info(config, path)
         try:
             llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except RuntimeError as error:
@@ -399,23 +331,6 @@ def _deaths_named() -> Iterator[None]:
         raise EngineDeadError("vLLM's engine process has died; its log has the reason") from error
 
 
-def _lora_args(max_adapters: int, max_lora_rank: int) -> dict[str, Any]:
-    """One slot more than adapters, so that a new version is loaded while the one before it is still in use."""
-    ranks = [rank for rank in get_args(MaxLoRARanks) if rank >= max_lora_rank]
-    if not ranks:
-        raise ValueError(f"max_lora_rank is {max_lora_rank}; vLLM takes at most {max(get_args(MaxLoRARanks))}")
-    return {"enable_lora": True, "max_loras": max_adapters + 1, "max_lora_rank": min(ranks)}
-
-
 def _lora_request(adapter: Adapter) -> LoRARequest:
     """The name is part of the prefix cache's keys, so each version of an adapter has its own cache."""
     return LoRARequest(f"adapter-{adapter.adapter_id}", adapter.adapter_id, str(adapter.folder))
-
-
-def _own_dtype(model: str, revision: str | None) -> Any:
-    """The dtype that the model's config names, float32 where it names none.
-
-    vLLM's own "auto" turns a float32 model into half precision, 1e-3 nats off what the trainer computes.
-    """
-    config = AutoConfig.from_pretrained(model, revision=revision).get_text_config()
-    return str(config.dtype or "float32").removeprefix("torch.")

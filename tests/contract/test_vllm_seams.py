@@ -60,15 +60,14 @@ from vllm.v1.worker.gpu_worker import Worker
 from protos.records import PAD_ID, TransferredTensor, WeightsTransfer
 from teacher_server.engines.base import Adapter, ScoreRows, ScoreTask
 from teacher_server.engines.rows import RowsRequest, to_plain
-from teacher_server.engines.vllm import (
+from teacher_server.engines.vllm import VllmEngine, _lora_request
+from teacher_server.engines.vllm_config import (
     ASYNC_SCORING_SCHEDULER,
     ENVIRONMENT,
     OWNED_ARGS,
     SCORING_SCHEDULER,
     SCORING_WORKER,
-    VllmEngine,
-    _lora_args,
-    _lora_request,
+    lora_args,
 )
 from teacher_server.engines.vllm_lora import GroupedLora
 from teacher_server.engines.vllm_paths import OfficialFields, RunnerRows
@@ -211,10 +210,9 @@ def test_the_scheduler_is_named_by_path_and_asks_for_the_prefix_once() -> None:
 
 def test_rows_that_the_prefix_cache_hides_are_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under vLLM's own scheduler a context of whole blocks hides its last position, so that path is still taken."""
-    monkeypatch.setattr("teacher_server.engines.vllm.SCORING_SCHEDULER", "vllm.v1.core.sched.scheduler.Scheduler")
-    monkeypatch.setattr(
-        "teacher_server.engines.vllm.ASYNC_SCORING_SCHEDULER", "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
-    )
+    ours = "teacher_server.engines.vllm_config"
+    monkeypatch.setattr(f"{ours}.SCORING_SCHEDULER", "vllm.v1.core.sched.scheduler.Scheduler")
+    monkeypatch.setattr(f"{ours}.ASYNC_SCORING_SCHEDULER", "vllm.v1.core.sched.async_scheduler.AsyncScheduler")
     rng = np.random.default_rng(0)
     task = replace(
         score_task(),
@@ -300,11 +298,11 @@ def test_an_adapter_has_a_prefix_cache_of_its_own() -> None:
     assert '("lora", lora_request.lora_name' in source(_gen_lora_extra_hash_keys)
     request = _lora_request(Adapter(3, Path("/a")))
     assert (request.lora_name, request.lora_int_id, request.lora_path) == ("adapter-3", 3, "/a")
-    arguments = _lora_args(max_adapters=2, max_lora_rank=9)
+    arguments = lora_args(max_adapters=2, max_lora_rank=9)
     # One slot is for a new version beside the old; ranks come in vLLM's own steps.
     assert arguments == {"enable_lora": True, "max_loras": 3, "max_lora_rank": 16}
     with pytest.raises(ValueError, match="max_lora_rank is 1000; vLLM takes at most 512"):
-        _lora_args(max_adapters=1, max_lora_rank=1000)
+        lora_args(max_adapters=1, max_lora_rank=1000)
 
 
 def test_adapters_sit_on_linear_layers_and_on_a_cpu_are_grouped() -> None:
