@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,30 +10,21 @@ import numpy as np
 import pytest
 
 from protos.client import Teacher
-from protos.records import (
-    GenerateRequest,
-    PrivilegedIds,
-    ScoreItem,
-    ScoreRequest,
-    ScoreResult,
-    ServedTeacher,
-    TeacherInfo,
-    WeightsUpdate,
-)
-from protos.service import GenerateStream, ScoreStream
+from protos.records import PrivilegedIds, ScoreItem, ScoreRequest, ScoreResult, TeacherInfo
 from teacher_server.check import CHECKS, Finding, check
 from teacher_server.check.examination import default_bound, examination
 from teacher_server.check.repeats import after_a_cache_hit
 from teacher_server.engines.base import Engine
 from teacher_server.reference import TransformersReference
 from tests.harness import LoopThread, Server, core_over, serving
+from tests.teacher_over import TeacherOver
 from tests.tiny_model import build_tiny_qwen3
 
 Change = Callable[[ScoreItem], ScoreItem]
 Break = Callable[[ScoreItem, ScoreResult], ScoreResult]
 
 
-class Altered(Teacher):
+class Altered(TeacherOver):
     """A real teacher that is asked something else than it was told, or whose answers are changed."""
 
     def __init__(
@@ -44,14 +35,10 @@ class Altered(Teacher):
         damage: Break = lambda _, result: result,
         info: Callable[[TeacherInfo], TeacherInfo] = lambda info: info,
     ) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._change = change
         self._damage = damage
         self._alter_info = info
-
-    @property
-    def url(self) -> str:
-        return self._inner.url
 
     async def info(self) -> TeacherInfo:
         return self._alter_info(await self._inner.info())
@@ -62,23 +49,6 @@ class Altered(Teacher):
         items = request.items if isinstance(request, ScoreRequest) else request
         results = await self._inner.score([self._change(item) for item in items], timeout_s=timeout_s)
         return [self._damage(item, result) for item, result in zip(items, results, strict=True)]
-
-    def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
-        return self._inner.score_stream(request, timeout_s=timeout_s)
-
-    def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
-        return self._inner.generate_stream(request, timeout_s=timeout_s)
-
-    async def update_weights(
-        self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
-    ) -> ServedTeacher:
-        return await self._inner.update_weights(update, chunks, timeout_s=timeout_s)
-
-    async def unload(self, teacher: str, *, timeout_s: float | None = None) -> ServedTeacher:
-        return await self._inner.unload(teacher, timeout_s=timeout_s)
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
 
 
 def failed(findings: list[Finding]) -> set[str]:

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import os
 from collections import deque
-from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,18 +32,16 @@ from protos.errors import (
 )
 from protos.pool import PoolOptions, TeacherPool
 from protos.records import (
-    GenerateRequest,
     ScoreItem,
     ScoreRequest,
     ScoreResult,
-    ServedTeacher,
     TeacherInfo,
-    WeightsUpdate,
     crc32_of,
 )
-from protos.service import GenerateStream, ScoreStream
+from protos.service import ScoreStream
 from teacher_server.engines.base import Engine
 from tests.harness import HeldEngine, LoopThread, Server, core_over, serving, until
+from tests.teacher_over import TeacherOver
 
 ITEMS = tuple(ScoreItem(np.array([1, 2, i + 1], np.int32), np.array([i + 1, 7], np.int32)) for i in range(12))
 """Five tokens each, no two alike."""
@@ -65,7 +63,7 @@ async def hang() -> None:
     await asyncio.Event().wait()
 
 
-class Door(Teacher):
+class Door(TeacherOver):
     """A Teacher in front of a real one, at a URL of its own.
 
     Attributes:
@@ -77,6 +75,7 @@ class Door(Teacher):
     """
 
     def __init__(self, url: str, inner: Teacher) -> None:
+        super().__init__(inner)
         self._url = url
         self.script: deque[tuple[int, Fault]] = deque()
         self.info_script: deque[Fault] = deque()
@@ -84,7 +83,6 @@ class Door(Teacher):
         self.asked: list[list[int]] = []
         self.num_closed_early = 0
         self.is_closed = False
-        self._inner = inner
 
     @property
     def url(self) -> str:
@@ -93,13 +91,13 @@ class Door(Teacher):
     async def info(self) -> TeacherInfo:
         if self.info_script:
             await self.info_script.popleft()()
-        return self.told or await self._inner.info()
+        return self.told or await super().info()
 
     async def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
         self.asked.append([int(item.completion_ids[0]) for item in request.items])
         num_replies, fault = self.script.popleft() if self.script else (len(request.items), None)
         try:
-            async with aclosing(self._inner.score_stream(request, timeout_s=timeout_s)) as replies:
+            async with aclosing(super().score_stream(request, timeout_s=timeout_s)) as replies:
                 for _ in range(num_replies):
                     yield await anext(replies)
                 if fault is not None:
@@ -110,22 +108,9 @@ class Door(Teacher):
             self.num_closed_early += 1
             raise
 
-    async def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
-        async with aclosing(self._inner.generate_stream(request, timeout_s=timeout_s)) as replies:
-            async for reply in replies:
-                yield reply
-
-    async def update_weights(
-        self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
-    ) -> ServedTeacher:
-        return await self._inner.update_weights(update, chunks, timeout_s=timeout_s)
-
-    async def unload(self, teacher: str, *, timeout_s: float | None = None) -> ServedTeacher:
-        return await self._inner.unload(teacher, timeout_s=timeout_s)
-
     async def aclose(self) -> None:
         self.is_closed = True
-        await self._inner.aclose()
+        await super().aclose()
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable
+from contextlib import aclosing
 from dataclasses import replace
 
 import numpy as np
@@ -11,18 +11,19 @@ import pytest
 
 from protos.client import Teacher
 from protos.errors import NotReady
-from protos.records import GenerateRequest, ScoreItem, ScoreRequest, ServedTeacher, TeacherInfo, WeightsUpdate
-from protos.service import GenerateStream, ScoreStream
+from protos.records import ScoreItem, ScoreRequest, TeacherInfo
+from protos.service import ScoreStream
 from student_trainer.steady_teacher import SteadyTeacher
 from student_trainer.teacher_identity import TeacherMismatch
 from tests.harness import LoopThread, Server, until
+from tests.teacher_over import TeacherOver
 
 PROMPT = np.arange(10, 20, dtype=np.int32)
 UNDER_WAY = ScoreItem(PROMPT, np.array([1, 2], np.int32))
 MISSED = ScoreItem(PROMPT, np.array([3, 4], np.int32))
 
 
-class Replaced(Teacher):
+class Replaced(TeacherOver):
     """A real teacher that still answers UNDER_WAY, refuses one other request, and calls itself another from then on.
 
     Attributes:
@@ -31,14 +32,10 @@ class Replaced(Teacher):
     """
 
     def __init__(self, inner: Teacher) -> None:
+        super().__init__(inner)
         self.door = asyncio.Event()
         self.is_replaced = False
         self.num_infos = 0
-        self._inner = inner
-
-    @property
-    def url(self) -> str:
-        return self._inner.url
 
     async def info(self) -> TeacherInfo:
         self.num_infos += 1
@@ -51,22 +48,9 @@ class Replaced(Teacher):
         elif not self.is_replaced:
             self.is_replaced = True
             raise NotReady("restarting")
-        async for reply in self._inner.score_stream(request, timeout_s=timeout_s):
-            yield reply
-
-    def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
-        return self._inner.generate_stream(request, timeout_s=timeout_s)
-
-    async def update_weights(
-        self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
-    ) -> ServedTeacher:
-        return await self._inner.update_weights(update, chunks, timeout_s=timeout_s)
-
-    async def unload(self, teacher: str, *, timeout_s: float | None = None) -> ServedTeacher:
-        return await self._inner.unload(teacher, timeout_s=timeout_s)
-
-    async def aclose(self) -> None:
-        await self._inner.aclose()
+        async with aclosing(super().score_stream(request, timeout_s=timeout_s)) as replies:
+            async for reply in replies:
+                yield reply
 
 
 def test_a_teacher_that_one_of_several_requests_missed_is_asked_again_who_it_is(
