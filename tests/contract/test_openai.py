@@ -38,7 +38,6 @@ from protos.records import (
     SystemText,
 )
 from student_trainer.scoring import Scorer, TeacherMismatch, Wanted
-from student_trainer.study.toy import build_toy_model
 from teacher_server.admission import Admission, Ticket
 from teacher_server.engines.base import Engine
 from teacher_server.gate import Gate
@@ -179,31 +178,6 @@ def test_trl_reads_our_port(run: LoopThread, openai_server: Server, ours: Teache
     [result] = run(ours.score([ITEM]))
     np.testing.assert_allclose(answer["logprobs"][0], result.top_logprobs, rtol=0, atol=ATOL)
     np.testing.assert_array_equal(answer["logprob_token_ids"][0], result.top_ids)
-
-
-@slow
-def test_a_tokenizer_without_an_unknown_token_has_its_stock_routes(run: LoopThread, tmp_path: Path) -> None:
-    """vLLM encodes a letter that the toy world does not have while it prepares a route that is not served here."""
-    from teacher_server.engines.vllm import VllmEngine
-
-    model = build_toy_model(tmp_path / "toy", hidden_size=64, num_layers=1)
-
-    async def scenario() -> list[httpx.Response]:
-        engine = await VllmEngine.create(str(model), dtype="float32", kv_cache_gib=0.1)
-        try:
-            transport = httpx.ASGITransport(await engine.openai_app(("base",)))
-            async with httpx.AsyncClient(transport=transport, base_url="http://app") as http:
-                messages = [{"role": "user", "content": "3+5"}]
-                return [
-                    await http.post("/v1/completions", json={"model": "base", "prompt": "3+5:", "max_tokens": 2}),
-                    await http.post("/v1/chat/completions", json={"model": "base", "messages": messages}),
-                ]
-        finally:
-            await engine.close()
-
-    completion, chat = run(scenario())
-    assert completion.json()["usage"]["prompt_tokens"] == 4
-    assert chat.json()["usage"]["prompt_tokens"] == 1 + 4  # <bos>3+5:
 
 
 @slow

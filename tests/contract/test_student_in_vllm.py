@@ -1,11 +1,12 @@
-"""vLLM with the student's weights, sent before each step: it writes the rollouts, or it teaches."""
+"""vLLM over the toy model: with the student's weights, sent before each step, it writes the rollouts or teaches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -20,6 +21,9 @@ from tests.contract.test_moving_teacher import CLEARLY, DECAY, config_of, runnin
 from tests.contract.test_weights import SECRET, serving_weights
 from tests.harness import LoopThread, Server, core_over, start_server
 
+if TYPE_CHECKING:
+    from teacher_server.engines.vllm import VllmEngine
+
 pytestmark = pytest.mark.slow
 
 ATOL = 1e-4
@@ -32,15 +36,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(run: LoopThread, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One vLLM for the file; each test goes on from the version that the one before left."""
+def engine(run: LoopThread, model: Path) -> Iterator[VllmEngine]:
+    """One vLLM for the file."""
     from teacher_server.engines.vllm import VllmEngine
 
     engine = run(VllmEngine.create(str(model), dtype="float32", kv_cache_gib=0.25))
+    yield engine
+    run(engine.close())
+
+
+@pytest.fixture(scope="module")
+def served(
+    run: LoopThread, engine: VllmEngine, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """One server for the file; each test goes on from the version that the one before left."""
     context = serving_weights(engine, model, tmp_path_factory.mktemp("server"))
     yield run(context.__aenter__()).server
     run(context.__aexit__(None, None, None))
-    run(engine.close())
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +128,20 @@ def test_a_moving_teacher_says_what_its_weights_say(
             if step > 0 and stage["teacher"] == "ema":
                 assert (logp_BTV - said_by(learner.student.model, collected))[mask_BT].abs().max() > CLEARLY
             learner.step(opsd, collected)
+
+
+def test_a_tokenizer_without_an_unknown_token_has_its_stock_routes(run: LoopThread, engine: VllmEngine) -> None:
+    """vLLM encodes a letter that the toy world does not have while it prepares a route that is not served here."""
+
+    async def scenario() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(await engine.openai_app(("base",)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://app") as http:
+            messages = [{"role": "user", "content": "3+5"}]
+            return [
+                await http.post("/v1/completions", json={"model": "base", "prompt": "3+5:", "max_tokens": 2}),
+                await http.post("/v1/chat/completions", json={"model": "base", "messages": messages}),
+            ]
+
+    completion, chat = run(scenario())
+    assert completion.json()["usage"]["prompt_tokens"] == 4
+    assert chat.json()["usage"]["prompt_tokens"] == 1 + 4  # <bos>3+5:
