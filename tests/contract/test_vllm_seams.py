@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ vllm = pytest.importorskip("vllm")
 
 import torch
 from vllm import RequestOutput, SamplingParams
-from vllm.config import VllmConfig
+from vllm.config import CacheConfig, VllmConfig
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.device_communicators.pynccl_wrapper import NCCL_UNIQUE_ID_BYTES, NCCLLibrary, ncclUniqueId
@@ -40,8 +41,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader.reload import inplace, layerwise
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import _gen_lora_extra_hash_keys
+from vllm.v1.core.kv_cache_utils import _gen_lora_extra_hash_keys, resolve_kv_cache_block_sizes
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -49,6 +51,7 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import BackgroundResources, MPClient
 from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -71,7 +74,7 @@ from teacher_server.engines.vllm_config import (
 )
 from teacher_server.engines.vllm_lora import GroupedLora
 from teacher_server.engines.vllm_paths import OfficialFields, RunnerRows
-from teacher_server.engines.vllm_scheduler import _needs_no_copy
+from teacher_server.engines.vllm_scheduler import _needs_no_copy, _ReadsUpToFirstRow
 from teacher_server.engines.vllm_transfer import GlooWeightTransferEngine, expected_tensors, rendezvous
 from teacher_server.engines.vllm_worker import EXTRA_ARG, RowScoring, ScoringWorker
 from teacher_server.transfer import NCCL_ID_BYTES
@@ -206,6 +209,40 @@ def test_the_scheduler_is_named_by_path_and_asks_for_the_prefix_once() -> None:
         "self._has_partial_local_hit(new_computed_blocks, num"
     )
     assert asked == 2
+
+
+def test_a_lone_group_has_hashes_of_the_size_of_its_blocks() -> None:
+    """So that vLLM finds whole blocks alone, and none that goes on with another text's tokens."""
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    caches = KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
+    finer = VllmConfig(cache_config=CacheConfig(block_size=32, prefix_match_unit=16))
+    with pytest.raises(ValueError, match=r"with a single KV cache group, .* Unset it or set it to 32\."):
+        resolve_kv_cache_block_sizes(caches, finer)
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "hash_block_size", "connector", "in_place"),
+    [(1, 32, None, True), (1, 16, None, False), (1, 32, "any", False), (2, 32, None, False)],
+)
+def test_a_block_is_read_in_place_where_no_hit_ends_inside_another_text_s(
+    num_groups: int, hash_block_size: int, connector: str | None, in_place: bool
+) -> None:
+    """Elsewhere vLLM's own answer stands: a hit that ends inside a block needs a copy of it."""
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    pool = BlockPool(8, enable_caching=True, hash_block_size=hash_block_size)
+    managers = [FullAttentionManager(spec, pool, True, group, scheduler_block_size=32) for group in range(num_groups)]
+
+    class OverManagers:
+        def __init__(self) -> None:
+            coordinator = SimpleNamespace(single_type_managers=managers)
+            self.kv_cache_manager, self.connector = SimpleNamespace(coordinator=coordinator), connector
+
+    class Reading(_ReadsUpToFirstRow, OverManagers):
+        """The mixin over as much of a scheduler as it looks at."""
+
+    assert Reading()._reads_into_blocks is in_place
+    block = pool.blocks[1]
+    assert [manager._has_partial_local_hit([block], 33) for manager in managers] == [not in_place] * num_groups
 
 
 def test_rows_that_the_prefix_cache_hides_are_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
