@@ -514,29 +514,6 @@ def test_a_context_above_the_model_s_own_is_refused(model_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", START)
-def test_a_closed_engine_is_dead(name: str, run: Run, model_path: Path) -> None:
-    """What is in flight at the time fails, and so does what comes after."""
-    if name == "vllm":
-        pytest.importorskip("vllm")
-
-    async def close_at_work() -> None:
-        engine = await START[name](model_path)
-        call = asyncio.create_task(
-            engine.generate(generate_task(score_task(17, 40, 1).context_ids, max_new_tokens=600, num_samples=4))
-        )
-        await engine.score(score_task(18, 10, 10))
-        await engine.close()
-        await engine.close()  # twice is once
-        with pytest.raises(EngineDeadError):
-            await call
-        with pytest.raises(EngineDeadError):
-            await engine.score(score_task(18, 10, 10))
-
-    run(close_at_work())
-
-
-@pytest.mark.slow
 def test_a_killed_vllm_is_dead(run: Run, model_path: Path) -> None:
     """The engine's process is gone from one moment to the next: no call waits for it."""
     pytest.importorskip("vllm")
@@ -557,3 +534,21 @@ def test_a_killed_vllm_is_dead(run: Run, model_path: Path) -> None:
         await engine.close()
 
     run(kill_at_work())
+
+
+def test_a_closed_engine_is_dead(engine: Engine, run: Run) -> None:
+    """What is in flight at the time fails, and so does what comes after. Last, since it ends the file's engine."""
+
+    async def close_at_work() -> None:
+        call = asyncio.create_task(
+            engine.generate(generate_task(score_task(17, 40, 1).context_ids, max_new_tokens=600, num_samples=4))
+        )
+        await engine.score(score_task(18, 10, 10))
+        await engine.close()
+        await engine.close()  # twice is once
+        with pytest.raises(EngineDeadError):
+            await call
+        with pytest.raises(EngineDeadError):
+            await engine.score(score_task(18, 10, 10))
+
+    run(close_at_work())
