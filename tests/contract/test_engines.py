@@ -272,6 +272,27 @@ def test_a_group_computes_its_context_once(engine: Engine, run: Run, reference: 
         assert [rows.num_cached_tokens for rows in results] == cached
 
 
+def test_texts_that_part_inside_a_block_share_nothing_of_it(engine: Engine, run: Run, reference: Reference) -> None:
+    """Two contexts of 200 tokens with 170 in common, 10 of them in a block of 32 that each goes on with in its own way,
+    and two completions of each: one after another; others like them together; and the first ones again, together.
+    """
+
+    def four(seed: int) -> list[ScoreTask]:
+        common, *own = (score_task(seed + i, size, 1).context_ids for i, size in enumerate((170, 30, 30)))
+        contexts = [np.concatenate([common, rest]) for rest in own] * 2
+        return [replace(score_task(seed + 3 + i, 1, 40, top_k=3), context_ids=ids) for i, ids in enumerate(contexts)]
+
+    tasks, others = four(4000), four(5000)
+    one_by_one = [run(engine.score(task)) for task in tasks]
+    together, again = run(scored_together(engine, others)), run(scored_together(engine, tasks))
+    for asked, results in ((tasks, one_by_one), (others, together), (tasks, again)):
+        for task, rows in zip(asked, results, strict=True):
+            assert_rows(rows, task, reference.logprobs_TV(task))
+    if engine.info.prefix_cache:  # five whole blocks of the other text, six of a text's own, and all before its rows
+        assert [rows.num_cached_tokens for rows in one_by_one] == [0, 160, 192, 192]
+        assert [rows.num_cached_tokens for rows in again] == [199] * 4
+
+
 def test_concurrent_groups_under_pressure(engine: Engine, run: Run, reference: Reference) -> None:
     """Five contexts of 300 tokens are 50 blocks, the cache holds 40: blocks are evicted between a group's members."""
     contexts = [score_task(2000 + i, 300, 1).context_ids for i in range(5)]
