@@ -152,20 +152,34 @@ def core_over(
 @contextmanager
 def served(run: LoopThread, model: Path) -> Iterator[str]:
     """The gRPC URL of a server of the model in a folder, over the reference engine."""
+    with server_of(run, model) as server:
+        yield server.url("grpc")
+
+
+@contextmanager
+def server_of(run: LoopThread, model: Path, engine: str = "transformers", *, max_items: int = 64) -> Iterator[Server]:
+    """A server of the model in a folder, over an engine of its own: "transformers" or "vllm"."""
+
+    async def start() -> tuple[Engine, Server]:
+        own = await _start_engine(engine, model)
+        return own, await start_server(core_over(own, model, max_items=max_items))
+
+    own, server = run(start())
+    try:
+        yield server
+    finally:
+        run(server.stop())
+        run(own.close())
+
+
+async def _start_engine(name: str, model: Path) -> Engine:
+    if name == "vllm":
+        from teacher_server.engines.vllm import VllmEngine
+
+        return await VllmEngine.create(str(model))
     from teacher_server.engines.transformers import TransformersEngine
 
-    engine = TransformersEngine(str(model))
-    servers = serving(core_over(engine, model))
-
-    async def start() -> str:
-        return (await servers.__aenter__()).url("grpc")
-
-    url = run(start())
-    try:
-        yield url
-    finally:
-        run(servers.__aexit__(None, None, None))
-        run(engine.close())
+    return TransformersEngine(str(model))
 
 
 @dataclass

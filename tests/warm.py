@@ -1,8 +1,9 @@
-"""Training processes that start in a second: forked from a server that has imported everything."""
+"""Processes that start in a second, of a trainer or of a teacher: forked from one that has imported what is slow."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
@@ -16,8 +17,8 @@ _CONTEXT.set_forkserver_preload(["__main__", "student_trainer.loop", "protos._ht
 
 
 def start(work: Callable[..., None], *arguments: Any) -> ForkServerProcess:
-    """`work(*arguments)` as a process of its own."""
-    process = _CONTEXT.Process(target=work, args=arguments)
+    """`work(*arguments)` as a process of its own, with this one's environment of now."""
+    process = _CONTEXT.Process(target=_in_environment, args=(dict(os.environ), work, arguments))
     process.start()
     return process
 
@@ -32,6 +33,17 @@ def start_command(config: Path) -> ForkServerProcess:
     return start(_command, "train", str(config))
 
 
+def start_server(log: Path, *arguments: str) -> ForkServerProcess:
+    """`teacher-server serve ARGUMENTS`, whose output is added to `log`."""
+    return start(_serve, log, *arguments)
+
+
+def _in_environment(environment: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    work(*arguments)
+
+
 def _train(config: TrainConfig) -> None:
     from student_trainer.loop import train
 
@@ -42,4 +54,14 @@ def _command(*arguments: str) -> None:
     from student_trainer.cli import main
 
     sys.argv = ["student-trainer", *arguments]
+    main()
+
+
+def _serve(log: Path, *arguments: str) -> None:
+    from teacher_server.cli import main
+
+    with log.open("ab") as output:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(output.fileno(), stream.fileno())
+    sys.argv = ["teacher-server", "serve", *arguments]
     main()

@@ -7,12 +7,12 @@ import gc
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from random import Random
 
@@ -24,7 +24,8 @@ from protos.errors import TeacherError
 from protos.pool import PoolOptions, ReplicaStats, TeacherPool
 from protos.records import ScoreItem, ScoreRequest, ScoreResult
 from tests.chaos_proxy import ChaosProxy, Faults
-from tests.harness import ROOT, LoopThread, Server, until
+from tests.harness import LoopThread, Server, until
+from tests.warm import start_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
 
@@ -57,15 +58,14 @@ class Process:
     folder: Path
     http_port: int
     grpc_port: int
-    running: subprocess.Popen[bytes] | None = None
+    running: ForkServerProcess | None = None
 
     def start(self) -> None:
         self.ready_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "teacher_server", "serve", "--engine", "transformers", "--threads", "1"]
-        command += ["--model", str(self.model), "--ready-file", str(self.ready_file)]
-        command += ["--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
-        with (self.folder / "server.log").open("ab") as log:
-            self.running = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+        flags = ["--engine", "transformers", "--threads", "1", "--model", str(self.model)]
+        flags += ["--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port)]
+        flags += ["--ready-file", str(self.ready_file)]
+        self.running = start_server(self.folder / "server.log", *flags)
 
     @property
     def ready_file(self) -> Path:
@@ -73,13 +73,14 @@ class Process:
 
     def signal(self, number: signal.Signals) -> None:
         assert self.running is not None
-        self.running.send_signal(number)
+        assert self.running.pid is not None
+        os.kill(self.running.pid, number)
 
     def end(self) -> None:
         """Kills it, frozen or not, and waits."""
         if self.running is not None:
             self.running.kill()
-            self.running.wait()
+            self.running.join()
 
     async def ready(self) -> None:
         await until(self.ready_file.exists, START_S)
@@ -213,6 +214,7 @@ def test_every_item_is_answered_once_and_right_or_fails(
         for _ in range(64)
     ]
     expected = reference(run, transformers_server, items)
+    forkserver.ensure_running()  # its descriptors are not the pool's
     before = descriptors()
     clients = asyncio.run(scenario(items, expected, random, tiny_model, tmp_path))
 
@@ -260,7 +262,7 @@ async def scenario(
         for proxy in proxies:
             assert min(proxy.num_flipped, proxy.num_cut, proxy.num_delayed) > 0
         await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
-    assert all(process.running is not None and process.running.poll() is not None for process in processes)
+    assert all(process.running is not None and process.running.exitcode is not None for process in processes)
     return clients
 
 

@@ -1,10 +1,7 @@
 """A recipe as a process, against a real teacher server: killed in its middle stage, it ends as if it never had been."""
 
 import asyncio
-import hashlib
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +20,12 @@ from student_trainer.loop import train
 from student_trainer.recipe import StageFailed, run_plan
 from student_trainer.run_folder import read_rows
 from student_trainer.study.toy import VOCABULARY, build_toy_model
-from tests.server_process import ANY_PORTS, ServerProcess
+from tests.harness import LoopThread
+from tests.taking_weights import SECRET, taking_weights
+from tests.warm import start_command
 
 pytestmark = pytest.mark.slow
 
-TOKEN = "may-change-weights"
 END = {"system": "\n", "user": ":"}
 """What the toy's chat template puts after each message."""
 
@@ -118,26 +116,28 @@ def write_recipe(recipe: str, model: Path, folder: Path, url: str) -> Path:
 
 
 @contextmanager
-def serving(model: Path, folder: Path) -> Iterator[str]:
-    """The URL of a server process whose weights TOKEN may change."""
-    tokens = folder / "tokens.toml"
-    digest = hashlib.sha256(TOKEN.encode()).hexdigest()
-    tokens.write_text(f'[trainer]\nsha256 = "{digest}"\nscopes = ["score", "generate", "admin"]\n')
-    with ServerProcess(model, folder, "--engine", "transformers", "--tokens", str(tokens), *ANY_PORTS) as server:
-        yield server.ready["grpc_url"]
+def serving(run: LoopThread, model: Path, folder: Path) -> Iterator[str]:
+    """The URL of a server whose weights the holder of SECRET may change."""
+    spool = folder / "spool"
+    spool.mkdir()
+    server = taking_weights(model, spool)
+    url = run(server.__aenter__()).url("grpc")
+    try:
+        yield url
+    finally:
+        run(server.__aexit__(None, None, None))
 
 
 def kill_after(recipe: Path, metrics: Path, step: int) -> None:
-    command = [sys.executable, "-m", "student_trainer", "train", str(recipe)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = start_command(recipe)
     deadline = time.monotonic() + 240
     while not (metrics.exists() and any(row["step"] >= step for row in read_rows(metrics))):
-        assert process.poll() is None, process.communicate()[1].decode()
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def logp_of(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> np.ndarray:
@@ -157,9 +157,9 @@ async def served_version(url: str) -> int:
         return (await teacher.info()).weights_version
 
 
-def test_a_killed_recipe_goes_on_where_it_was_and_reloads_its_teacher(tmp_path, model, monkeypatch):
-    monkeypatch.setenv("TEACHER_TOKEN", TOKEN)
-    with serving(model, tmp_path) as url:
+def test_a_killed_recipe_goes_on_where_it_was_and_reloads_its_teacher(run: LoopThread, tmp_path, model, monkeypatch):
+    monkeypatch.setenv("TEACHER_TOKEN", SECRET)
+    with serving(run, model, tmp_path) as url:
         recipe = write_recipe(RECIPE, model, tmp_path, url)
         first, second, third = (stage.config for stage in load_plan(recipe))
         kill_after(recipe, Path(second.run) / "metrics.jsonl", 3)
@@ -182,13 +182,13 @@ def test_a_killed_recipe_goes_on_where_it_was_and_reloads_its_teacher(tmp_path, 
     assert all(weights[name].equal(tensor) for name, tensor in expected.items())
 
 
-def test_a_reinforced_teacher_teaches(tmp_path, model, monkeypatch):
+def test_a_reinforced_teacher_teaches(run: LoopThread, tmp_path, model, monkeypatch):
     """SFT, GRPO of the teacher, OPD by it: the server writes for the second run and scores for the third.
 
     Killed in the second, which goes on to the weights of an unbroken one.
     """
-    monkeypatch.setenv("TEACHER_TOKEN", TOKEN)
-    with serving(model, tmp_path) as url:
+    monkeypatch.setenv("TEACHER_TOKEN", SECRET)
+    with serving(run, model, tmp_path) as url:
         recipe = write_recipe(RLVR, model, tmp_path, url)
         _, rlvr, opd = load_plan(recipe)
         kill_after(recipe, Path(rlvr.config.run) / "metrics.jsonl", 3)

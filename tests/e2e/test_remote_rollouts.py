@@ -20,6 +20,7 @@ from student_trainer.stages import build_stage
 from student_trainer.student import load_student
 from student_trainer.study.toy import build_toy_model
 from student_trainer.tasks import ToyTask, build_task
+from tests.harness import LoopThread, served
 from tests.server_process import ANY_PORTS, ServerProcess
 from tests.tiny_model import build_tiny_qwen3
 
@@ -50,11 +51,10 @@ def url(tmp_path_factory, model):
 
 
 @pytest.fixture(scope="module")
-def teacher_url(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    model = build_toy_model(folder / "model", hidden_size=32, num_layers=1, seed=1)
-    with ServerProcess(model, folder, "--engine", "transformers", "--threads", "1", *ANY_PORTS) as server:
-        yield server.ready["grpc_url"]
+def teacher_url(run: LoopThread, tmp_path_factory):
+    model = build_toy_model(tmp_path_factory.mktemp("teacher"), hidden_size=32, num_layers=1, seed=1)
+    with served(run, model) as url:
+        yield url
 
 
 @pytest.fixture

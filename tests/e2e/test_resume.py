@@ -4,10 +4,7 @@ The teacher is the transformers engine, which scores each item alone: its number
 an item, so the whole system is deterministic.
 """
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,8 +17,9 @@ from student_trainer.config import dump_config, load_config, parse_config
 from student_trainer.loop import train
 from student_trainer.report import write_report
 from student_trainer.run_folder import read_rows
-from student_trainer.study.teacher_process import teacher_process
 from student_trainer.study.toy import build_toy_model
+from tests.harness import LoopThread, served
+from tests.warm import start_train
 
 pytestmark = pytest.mark.slow
 
@@ -35,11 +33,10 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    model = build_toy_model(folder / "model", hidden_size=32, num_layers=1, seed=1)
-    with teacher_process(model, folder, engine="transformers") as process:
-        yield process.wait()
+def teacher_url(run: LoopThread, tmp_path_factory):
+    model = build_toy_model(tmp_path_factory.mktemp("teacher"), hidden_size=32, num_layers=1, seed=1)
+    with served(run, model) as url:
+        yield url
 
 
 def write_config(folder: Path, model: Path, stage: dict, **tables) -> Path:
@@ -65,29 +62,24 @@ def write_config(folder: Path, model: Path, stage: dict, **tables) -> Path:
     return path
 
 
-def start(config: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "student_trainer", "train", str(config)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
 def finish(config: Path) -> None:
-    process = start(config)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors.decode()
+    process = start_train(load_config(config))
+    process.join(240)
+    assert process.exitcode == 0
 
 
 def kill_after_step(config: Path, step: int) -> None:
     """SIGKILL as soon as the metrics of `step` are on disk."""
     metrics = config.parent / "run" / "metrics.jsonl"
-    process = start(config)
+    process = start_train(load_config(config))
     deadline = time.monotonic() + 240
     while not (metrics.exists() and any(row["step"] >= step for row in read_rows(metrics))):
-        assert process.poll() is None, process.communicate()[1].decode()
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def outcome(config: Path):
@@ -99,8 +91,11 @@ def outcome(config: Path):
 
 
 def assert_resumes_bit_for_bit(unbroken: Path, broken: Path, killed_after: tuple[int, ...] = (1, 5)) -> None:
-    """By default killed before the first checkpoint, and between the first and the second."""
-    finish(unbroken)
+    """By default killed before the first checkpoint, and between the first and the second.
+
+    The unbroken run is in this process, whose hashes of strings have another seed than those of the forked ones.
+    """
+    train(load_config(unbroken), quiet=True)
     for step in killed_after:
         kill_after_step(broken, step)
     finish(broken)
@@ -120,17 +115,17 @@ def test_sft_resumes_bit_for_bit(tmp_path, model):
     assert_resumes_bit_for_bit(unbroken, broken)
 
 
-def test_opd_resumes_bit_for_bit_over_the_network(tmp_path, model, teacher):
+def test_opd_resumes_bit_for_bit_over_the_network(tmp_path, model, teacher_url):
     unbroken, broken = (
-        write_config(tmp_path / name, model, {"kind": "opd"}, teacher={"url": teacher["grpc_url"]})
+        write_config(tmp_path / name, model, {"kind": "opd"}, teacher={"url": teacher_url})
         for name in ("unbroken", "broken")
     )
     assert_resumes_bit_for_bit(unbroken, broken)
 
 
-def test_opd_with_rollouts_ahead_resumes_bit_for_bit(tmp_path, model, teacher):
+def test_opd_with_rollouts_ahead_resumes_bit_for_bit(tmp_path, model, teacher_url):
     """Every step but the first after a checkpoint learns from rollouts of the weights one step before."""
-    tables = {"teacher": {"url": teacher["grpc_url"]}, "rollout": {"max_new_tokens": 12, "max_staleness": 1}}
+    tables = {"teacher": {"url": teacher_url}, "rollout": {"max_new_tokens": 12, "max_staleness": 1}}
     unbroken, broken = (write_config(tmp_path / name, model, {"kind": "opd"}, **tables) for name in ("a", "b"))
     assert_resumes_bit_for_bit(unbroken, broken, killed_after=(5,))
     rows = read_rows(unbroken.parent / "run" / "metrics.jsonl")
