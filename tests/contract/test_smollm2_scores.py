@@ -1,4 +1,4 @@
-"""Scores of a real model, from real server processes, against a float32 log_softmax(logits / T) computed here."""
+"""Scores of a real model, from real servers, against a float32 log_softmax(logits / T) computed here."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from protos.client import connect
 from protos.records import Chat, Message, ScoreItem, ScoreResult, SystemText
-from student_trainer.study.teacher_process import teacher_process
-from tests.harness import LoopThread
+from tests.harness import LoopThread, Server, server_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -56,14 +54,14 @@ def reference(smollm2: Path) -> Reference:
 
 
 @pytest.fixture(scope="module", params=["transformers", "vllm"])
-def urls(request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory) -> Iterator[dict[str, str]]:
-    with teacher_process(smollm2, tmp_path_factory.mktemp("server"), engine=request.param) as process:
-        yield process.wait()
+def server(request: pytest.FixtureRequest, run: LoopThread, smollm2: Path) -> Iterator[Server]:
+    with server_of(run, smollm2, request.param) as server:
+        yield server
 
 
-def score(run: LoopThread, url: str, item: ScoreItem) -> ScoreResult:
+def score(run: LoopThread, server: Server, scheme: str, item: ScoreItem) -> ScoreResult:
     async def call() -> ScoreResult:
-        async with connect(url) as teacher:
+        async with server.connect(scheme) as teacher:
             [result] = await teacher.score([item])
             return result
 
@@ -87,25 +85,23 @@ def check(result: ScoreResult, rows_TV: np.ndarray, completion: np.ndarray, cand
     np.testing.assert_allclose(result.candidate_logprobs, expected_TM, rtol=0, atol=ATOL)
 
 
-@pytest.mark.parametrize("scheme", ["grpc_url", "http_url"])
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.5, 1), (0.7, 20), (1.0, 64), (1.3, 20)])
-def test_scores_are_those_of_log_softmax(run, urls, reference, scheme, temperature, top_k) -> None:
+def test_scores_are_those_of_log_softmax(run, server, reference, scheme, temperature, top_k) -> None:
     context = reference.context(QUESTION)
     candidates = np.random.default_rng(0).integers(0, 49_152, (len(reference.completion), 7)).astype(np.int32)
     candidates[::3, 5:] = -1
     item = ScoreItem(context, reference.completion, temperature, top_k, candidates)
-    result = score(run, urls[scheme], item)
+    result = score(run, server, scheme, item)
     rows_TV = reference.rows(context, temperature)
     check(result, rows_TV, reference.completion, candidates)
     with pytest.raises(AssertionError):  # the comparison sees a shift of one position
         check(result, np.roll(rows_TV, 1, axis=0), reference.completion, candidates)
 
 
-@pytest.mark.parametrize("scheme", ["grpc_url", "http_url"])
-def test_privileged_text_changes_the_scores_to_those_of_the_told_model(run, urls, reference, scheme) -> None:
+def test_privileged_text_changes_the_scores_to_those_of_the_told_model(run, server, reference, scheme) -> None:
     """The system message replaces the default one of SmolLM2's template, as the template itself would do."""
     item = ScoreItem(Chat((QUESTION,)), reference.completion, privileged=SystemText(RULE))
-    told = score(run, urls[scheme], item).sampled_logprobs
+    told = score(run, server, scheme, item).sampled_logprobs
     rows_TV = reference.rows(reference.context(Message("system", RULE), QUESTION), 1.0)
     index = np.arange(len(reference.completion))
     np.testing.assert_allclose(told, rows_TV[index, reference.completion], rtol=0, atol=ATOL)

@@ -18,9 +18,9 @@ from student_trainer.stages.objective import Objective
 from student_trainer.stages.opd import collate_scored
 from student_trainer.student import load_student
 from student_trainer.study.measure import load_sampler, measure_closeness
-from student_trainer.study.teacher_process import teacher_process
 from student_trainer.study.toy import VOCABULARY, build_toy_model
 from student_trainer.tasks import ToyTask, build_task
+from tests.harness import LoopThread, server_of
 from tests.tiny_model import build_tiny_qwen3
 
 pytestmark = pytest.mark.slow
@@ -41,10 +41,10 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module", params=["transformers", "vllm"])
-def teacher(request, models, tmp_path_factory):
-    """A server of the model "same"."""
-    with teacher_process(models["same"], tmp_path_factory.mktemp("server"), engine=request.param) as process:
-        yield process.wait()
+def teacher(request, run: LoopThread, models):
+    """A server of the model "same", which takes as many items a request as a server does by default."""
+    with server_of(run, models["same"], request.param, max_items=1024) as server:
+        yield server
 
 
 def config(folder: Path, model: Path, url: str, **tables):
@@ -74,7 +74,7 @@ def test_a_teacher_equal_to_the_student_gives_zero_loss_and_zero_gradient(tmp_pa
         settings = config(
             tmp_path / name,
             model,
-            teacher["grpc_url"],
+            teacher.url("grpc"),
             stage={"kind": "opd", "loss": loss},
             rollout={"max_new_tokens": 10, "temperature": temperature},
         )
@@ -95,7 +95,7 @@ def test_a_teacher_shifted_by_one_position_does_not_go_unseen(models, teacher):
     objective = Objective(LossConfig(top_k=V), V, temperature=1.0)
     problems = build_task(ToyTask(train_size=50, held_out_size=10)).train[:8]
     rollouts = sampler.sample(problems, SamplingParams(max_new_tokens=10, top_ids=V), seeds=range(8))
-    with Scorer(teacher["grpc_url"], temperature=1.0, timeout_s=60) as scorer:
+    with Scorer(teacher.url("grpc"), temperature=1.0, timeout_s=60) as scorer:
         batch = collate_scored(rollouts, scorer.score(rollouts, objective.wanted))
     assert batch.teacher_logp_BT is not None
     assert batch.sampled_logp_BT is not None
@@ -107,11 +107,11 @@ def test_a_teacher_shifted_by_one_position_does_not_go_unseen(models, teacher):
 
 def test_both_transports_give_the_same_run(tmp_path, models, teacher):
     rows = {}
-    for transport in ("grpc_url", "http_url"):
+    for transport in ("grpc", "http"):
         (tmp_path / transport).mkdir()
-        train(config(tmp_path / transport, models["other"], teacher[transport], optim={"lr": 1e-3}), quiet=True)
+        train(config(tmp_path / transport, models["other"], teacher.url(transport), optim={"lr": 1e-3}), quiet=True)
         rows[transport] = read_rows(tmp_path / transport / "run" / "metrics.jsonl")
-    for a, b in zip(rows["grpc_url"], rows["http_url"], strict=True):
+    for a, b in zip(rows["grpc"], rows["http"], strict=True):
         for name in ("loss", "reverse_kl", "grad_norm"):
             assert a.get(name) == pytest.approx(b.get(name), abs=1e-5)
 
@@ -121,7 +121,7 @@ def test_more_rollouts_than_one_request_may_hold_are_scored_in_order(models, tea
     problems = build_task(ToyTask(train_size=50, held_out_size=10)).train
     params = SamplingParams(max_new_tokens=2, num_samples=21)
     rollouts = load_sampler(models["same"]).sample(problems, params, seeds=range(50))
-    with Scorer(teacher["grpc_url"], temperature=1.0, timeout_s=120) as scorer:
+    with Scorer(teacher.url("grpc"), temperature=1.0, timeout_s=120) as scorer:
         assert len(rollouts) == 1050 > scorer.info.max_items
         results = scorer.score(rollouts, Wanted())
     for rollout, result in zip(rollouts, results, strict=True):
@@ -131,7 +131,7 @@ def test_more_rollouts_than_one_request_may_hold_are_scored_in_order(models, tea
 def test_privileged_information_reaches_the_teacher_and_never_the_student(tmp_path, models, teacher):
     """Self-distillation with a rule: the teacher is the student, so all of the divergence is the rule's."""
     stage = {"kind": "opsd", "privileged": {"kind": "system", "text": "R"}}
-    settings = config(tmp_path, models["same"], teacher["http_url"], stage=stage, rollouts_logged=8)
+    settings = config(tmp_path, models["same"], teacher.url("http"), stage=stage, rollouts_logged=8)
     train(settings, quiet=True)
     first = read_rows(tmp_path / "run" / "metrics.jsonl")[1]
     assert first["grad_norm"] > 1e-3
@@ -145,7 +145,7 @@ def test_closeness_is_zero_to_itself_and_the_exact_divergence_to_another(models,
     problems = build_task(ToyTask(train_size=50, held_out_size=40)).held_out
     params = SamplingParams(max_new_tokens=10, top_ids=5)
     samplers = {name: load_sampler(model) for name, model in models.items()}
-    with Scorer(teacher["grpc_url"], temperature=1.0, timeout_s=60) as scorer:
+    with Scorer(teacher.url("grpc"), temperature=1.0, timeout_s=60) as scorer:
         same, other = (measure_closeness(s, scorer, problems, params, seed=0) for s in samplers.values())
     assert abs(same.reverse_kl) < 1e-5
     assert same.overlap_ratio > 0.99
@@ -167,11 +167,11 @@ def load(model: Path):
 def test_a_teacher_that_does_not_fit_is_refused_with_every_difference(tmp_path, models, teacher):
     tiny = build_tiny_qwen3(tmp_path / "tiny")
     stage = {"kind": "opd", "loss": {"kind": "reverse_kl"}}
-    settings = config(tmp_path, tiny, teacher["grpc_url"], stage=stage, rollout={"max_new_tokens": 1000})
+    settings = config(tmp_path, tiny, teacher.url("grpc"), stage=stage, rollout={"max_new_tokens": 1000})
     with pytest.raises(TeacherMismatch) as caught:
         train(settings, quiet=True)
     message = str(caught.value)
-    assert teacher["grpc_url"] in message
+    assert teacher.url("grpc") in message
     assert f"the student's output has 304 rows, the teacher's {V}" in message
     assert "their vocabularies map tokens to different ids" in message
     assert "their chat templates differ" in message

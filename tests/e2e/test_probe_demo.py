@@ -19,10 +19,9 @@ from student_trainer.loop import train
 from student_trainer.probes.gradients import total
 from student_trainer.probes.paired import Paired
 from student_trainer.study.demo import OPD_OPTIM, SFT_OPTIM
-from student_trainer.study.teacher_process import teacher_process
 from student_trainer.study.toy import RULE_MARKS, build_toy_model
 from student_trainer.tasks import ToyTask
-from tests.harness import LoopThread, served
+from tests.harness import LoopThread, served, server_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -69,14 +68,14 @@ def trained(folder: Path, task: ToyTask, model: Path, **tables: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
+def models(run: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
     """As the demo makes them: both by SFT, the student stopped early and then distilled."""
     folder = tmp_path_factory.mktemp("learnt")
     initial = [build_toy_model(folder / f"initial-{seed}", hidden_size=64, seed=seed) for seed in range(2)]
     teacher = trained(folder / "teacher", SFT_TASK, initial[0], steps=TEACHER_STEPS)
-    with teacher_process(teacher, folder / "server") as server:
-        student = trained(folder / "student", SFT_TASK, initial[1], steps=STUDENT_STEPS, seed=1)
-        url = server.wait()["grpc_url"]
+    student = trained(folder / "student", SFT_TASK, initial[1], steps=STUDENT_STEPS, seed=1)
+    with server_of(run, teacher, "vllm", max_items=1024) as server:
+        url = server.url("grpc")
         opd = {"stage": {"kind": "opd"}, "teacher": {"url": url}, "optim": OPD_OPTIM}
         distilled = trained(folder / "opd", SUMS, student, steps=OPD_STEPS, **opd)
         yield Models(teacher, student, distilled, url)
