@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 # Where the CPU build of torch comes from when pip's own sources do not have it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# Test processes side by side; each file's tests stay in one, with its own vLLM.
+# Test processes side by side; each file's tests stay in one, with its own vLLM. In the folders' order: the unit tests'
+# short files come last, so that no process is left with a long one.
 WORKERS ?= 2
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 LOCK := requirements/cpu.txt
 STAMP := $(VENV)/.installed
@@ -40,10 +42,10 @@ demo-real: $(STAMP) ## the same line on SmolLM2-135M-Instruct (about 15 minutes)
 	$(BIN)/python -m student_trainer.study.demo_real --out runs/demo-real
 
 test: $(STAMP) ## the whole test suite
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest $(SPREAD)
 
 test-fast: $(STAMP) ## the tests that start neither vLLM nor a training process
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/pytest $(SPREAD) -m "not slow"
 
 compose-test: $(STAMP) ## docker/compose.yaml on a real engine, with a teacher killed in mid-run
 	$(BIN)/python -m tests.compose
