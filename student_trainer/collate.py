@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from protos.records import PAD_ID, Int32
+from protos.records import PAD_ID, Int32, ScoreResult
 from student_trainer.distributed import share
 from student_trainer.rollout.transformers import left_pad
 
@@ -41,7 +41,7 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded sequences, and whatever a teacher said of them.
+    """Padded sequences, and whatever a teacher said of them: at once, or when `scored` has waited for it.
 
     Attributes:
         prompt_ids_BN: int64, padded on the left.
@@ -59,6 +59,7 @@ class Batch:
         old_value_BT, return_BT: float32, the critic's value of each token's state, and its target; None without one.
         teacher_entropy_BT: the teacher's entropy in nats; None from a teacher that cannot give it.
         decile_BT: see `monitor.deciles`; None where nothing is watched by position.
+        answers_B: waits for the teacher's score of each sequence; None without a teacher, and once the scores are here.
 
     Padded positions hold token id 0 in the two sequences, PAD_ID in lists of ids, and NaN log-probs.
     """
@@ -80,6 +81,7 @@ class Batch:
     return_BT: torch.Tensor | None = None
     teacher_entropy_BT: torch.Tensor | None = None
     decile_BT: torch.Tensor | None = None
+    answers_B: Sequence[Callable[[], ScoreResult]] | None = None
 
     @classmethod
     def empty(cls) -> Batch:
@@ -104,28 +106,25 @@ class Batch:
             longest = int(self.mask_BT[rows].sum(-1).max())
             widest = int((self.prompt_mask_BN[rows].sum(-1)).max())
             cut = {
-                field.name: value[rows, -widest:] if field.name.startswith("prompt") else value[rows, :longest]
-                for field in fields(self)
-                if (value := getattr(self, field.name)) is not None
+                name: value[rows, -widest:] if name.startswith("prompt") else value[rows, :longest]
+                for name, value in self._tensors().items()
             }
-            yield replace(self, **cut)
+            yield replace(self, **cut, answers_B=self.answers_B and self.answers_B[rows])
 
     def token_chunks(self, num_tokens: int) -> Iterator[Batch]:
         """The completion tokens alone, at most `num_tokens` at a time: one sequence [1, C], without prompt or padding.
 
         Tokens are in the order of the sequences; a chunk does not say where in its sequence a token is.
         """
+        assert self.answers_B is None, "a loss needs what is still on its way: call scored() first"
         rows, columns = self.mask_BT.nonzero(as_tuple=True)
         for start in range(0, len(rows), num_tokens):
             chunk = slice(start, start + num_tokens)
             picked = {
-                field.name: value[:1, :0]
-                if field.name.startswith("prompt")
-                else value[rows[chunk], columns[chunk]][None]
-                for field in fields(self)
-                if (value := getattr(self, field.name)) is not None
+                name: value[:1, :0] if name.startswith("prompt") else value[rows[chunk], columns[chunk]][None]
+                for name, value in self._tensors().items()
             }
-            yield Batch(**picked)
+            yield Batch(**picked, answers_B=None)
 
     def shares(self, num_minibatches: int) -> list[Batch]:
         """This rank's share of each of at most `num_minibatches` equal parts, in order, of a batch that all ranks have.
@@ -143,19 +142,43 @@ class Batch:
     def rows(self, rows: Sequence[int]) -> Batch:
         """Those of the sequences, as wide as they are here."""
         index = torch.tensor(rows, dtype=torch.int64)
-        picked = {
-            field.name: value[index] for field in fields(self) if (value := getattr(self, field.name)) is not None
-        }
-        return replace(self, **picked)
+        picked = {name: value[index] for name, value in self._tensors().items()}
+        return replace(self, **picked, answers_B=self.answers_B and [self.answers_B[row] for row in rows])
 
     def idle(self) -> Batch:
         """The same sequences with no token that counts: a forward and backward pass of no effect."""
-        return replace(self, mask_BT=torch.zeros_like(self.mask_BT))
+        return replace(self, mask_BT=torch.zeros_like(self.mask_BT), answers_B=None)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
-        moved = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        return replace(self, **moved)
+        return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
+
+    def scored(self) -> Batch:
+        """With what the teacher said of each sequence, once it has; the batch itself where nothing is on its way.
+
+        Raises:
+            TeacherError, TeacherGone, TeacherMismatch: see `Scorer.score`.
+        """
+        if self.answers_B is None:
+            return self
+        return self.with_scores([answer() for answer in self.answers_B])
+
+    def with_scores(self, results: Sequence[ScoreResult]) -> Batch:
+        """With the teacher's scores of its sequences, in their order."""
+        entropies = [result.entropy for result in results if result.entropy is not None]
+        per_token = {
+            "teacher_logp_BT": [result.sampled_logprobs for result in results],
+            "teacher_top_BTK": [result.top_ids for result in results],
+            "teacher_top_logp_BTK": [result.top_logprobs for result in results],
+            "teacher_candidate_logp_BTM": [result.candidate_logprobs for result in results],
+            **({"teacher_entropy_BT": entropies} if entropies else {}),
+        }
+        padded = {name: pad_tokens(rows).to(self.mask_BT.device) for name, rows in per_token.items()}
+        return replace(self, **padded, answers_B=None)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def model_inputs(self) -> ModelInputs:
         """One row for each sequence."""
@@ -233,12 +256,13 @@ def collate(prompts: Sequence[Int32], completions: Sequence[Int32], **per_token:
             raise ValueError(f"{name} does not have one row for each completion token of each sequence")
     prompt_ids, prompt_mask = left_pad(prompts, pad_id=0)
     mask = right_pad([np.ones(len(ids), bool) for ids in completions], False)
-    padded = {
-        name: right_pad(rows, np.nan if np.issubdtype(rows[0].dtype, np.floating) else PAD_ID)
-        for name, rows in per_token.items()
-        if rows is not None
-    }
-    return Batch(prompt_ids, prompt_mask, right_pad(completions, 0), mask, **padded)
+    padded = {name: pad_tokens(rows) for name, rows in per_token.items() if rows is not None}
+    return replace(Batch(prompt_ids, prompt_mask, right_pad(completions, 0), mask), **padded)
+
+
+def pad_tokens(rows: Sequence[np.ndarray]) -> torch.Tensor:
+    """What is known of each sequence's tokens, padded as in `Batch`; see `right_pad`."""
+    return right_pad(rows, np.nan if np.issubdtype(rows[0].dtype, np.floating) else PAD_ID)
 
 
 def right_pad(rows: Sequence[np.ndarray], fill: float) -> torch.Tensor:

@@ -16,7 +16,7 @@ from student_trainer.alarms import SKIPPED
 from student_trainer.collate import Batch
 from student_trainer.config import TrainConfig
 from student_trainer.in_step import micro_batches, num_tokens_of_all
-from student_trainer.lm_head import logit_chunks
+from student_trainer.lm_head import completion_hidden, logit_chunks
 from student_trainer.losses import token_mean
 from student_trainer.masters import MasterWeights
 from student_trainer.optim import build_optimizer, build_schedule, clip_by_global_norm, use_lr
@@ -55,6 +55,9 @@ class Learner:
 
         Without an update nothing changes: warm-up and decay wait for the next step that learns. A step without a batch
         has no loss in its row.
+
+        Raises:
+            TeacherError, TeacherGone, TeacherMismatch: see `Batch.scored`; the weights are those before the update.
         """
         lr = self.optimizer.param_groups[0]["lr"]
         # Dropout draws from torch's global state: of this step and rank, whatever came before.
@@ -78,7 +81,10 @@ class Learner:
         row: Row = {"loss": 0.0}
         watch_s = 0.0
         for micro in micro_batches(batch, self.micro_batch_size, model.device):
-            for logits_BTV, tokens in logit_chunks(model, self.student.head, micro):
+            # A teacher may still be at its scores: the student reads the sequences meanwhile.
+            hidden_ND = completion_hidden(model, micro)
+            scored = distributed.agreed(micro.scored)
+            for logits_BTV, tokens in logit_chunks(model, self.student.head, hidden_ND, scored):
                 loss = token_mean(stage.loss(logits_BTV, tokens), tokens.mask_BT, num_tokens)
                 loss.backward()
                 row["loss"] += loss.item()

@@ -125,13 +125,17 @@ def check_packing(model: PreTrainedModel) -> None:
         )
 
 
-def logit_chunks(model: PreTrainedModel, head: LmHead, batch: Batch) -> Iterator[tuple[Tensor, Batch]]:
+def logit_chunks(
+    model: PreTrainedModel, head: LmHead, hidden_ND: Tensor, batch: Batch
+) -> Iterator[tuple[Tensor, Batch]]:
     """Logits [1, C, V] of a chunk of completion tokens at a time, with the chunk as a batch [1, C].
+
+    Args:
+        hidden_ND: `completion_hidden` of the batch.
 
     With gradients the caller must call backward on what it makes of each chunk before it asks for the next. When all
     are through, the gradient goes on through the rest of the model.
     """
-    hidden_ND = completion_hidden(model, batch)
     gradient_ND = torch.zeros_like(hidden_ND)
     if not batch.num_tokens and hidden_ND.requires_grad:
         # Ranks reduce their gradients together, so an idle one needs those of the head as well: zeros.

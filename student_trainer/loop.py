@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from student_trainer.roll_back import adjusted, marks
 from student_trainer.rollout.transformers import TransformersSampler
 from student_trainer.run_folder import RunFolder
 from student_trainer.samples import sample_rows
-from student_trainer.stages import Collected, Stage, build_stage
+from student_trainer.stages import Stage, build_stage
 from student_trainer.stages.watch import full_row, watch_collected
 from student_trainer.stopped import Stopped, StoppedByRule
 from student_trainer.student import Student, load_student
@@ -84,13 +85,15 @@ def _go_on(run: RunFolder, config: TrainConfig, *, quiet: bool) -> Path | None:
                 interrupt.tell_ranks()
                 interrupt.raise_if_requested()
                 started = time.perf_counter()
-                with distributed.gathered(student.model):
-                    collected = _collect(stage, step, save)
+                with distributed.gathered(student.model), _kept_without_data(step, save):
+                    collected = distributed.agreed(partial(stage.collect, step))
                     rewards = collected.rewards or [task.reward(r.problem, r.text) for r in collected.rollouts]
                     watched = watch_collected(collected, rewards, student.model, config)
+                with _kept_without_data(step, save):
+                    learnt = learner.step(stage, collected)
                 num_texts = len(collected.rollouts) or collected.batch.num_sequences
-                data = distributed.means(collected.metrics, num_texts)
-                row = full_row(step + 1, data, watched, learner.step(stage, collected), alarms.last_row)
+                data = distributed.means(collected.metrics | collected.late_metrics(), num_texts)
+                row = full_row(step + 1, data, watched, learnt, alarms.last_row)
                 row["step_s"] = time.perf_counter() - started
                 if _is_due(step + 1, config.eval.every_steps, config.steps):
                     row |= _evaluate(student, task, config).metrics()
@@ -115,10 +118,11 @@ def _go_on(run: RunFolder, config: TrainConfig, *, quiet: bool) -> Path | None:
     return checkpoint.found(run.checkpoints)[-1]
 
 
-def _collect(stage: Stage, step: int, save: Callable[[int], None]) -> Collected:
-    """The data of step s; where there is none to be had on some rank, what was learnt before is saved."""
+@contextmanager
+def _kept_without_data(step: int, save: Callable[[int], None]) -> Iterator[None]:
+    """Saves what was learnt before step s, where on some rank there are no data of it to be had."""
     try:
-        return distributed.agreed(lambda: stage.collect(step))
+        yield
     except (TeacherError, TeacherMismatch, Stopped):
         if step > 0:
             save(step)

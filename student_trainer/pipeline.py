@@ -13,27 +13,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-T_co = TypeVar("T_co", covariant=True)
-T = TypeVar("T")
 
-
-class Begun(Protocol[T_co]):
+class Begun(Protocol):
     """One step's data in the making."""
 
-    def result(self) -> T_co:
-        """Waits for it."""
+    def cancel(self) -> object:
+        """Gives up what is not there yet."""
         ...
 
-    def cancel(self) -> object:
-        """Gives it up."""
-        ...
+
+T = TypeVar("T", bound=Begun)
 
 
 @dataclass(frozen=True)
 class _Entry(Generic[T]):
     step: int
     begun_at: int
-    begun: Begun[T]
+    begun: T
 
 
 class Pipeline(Generic[T]):
@@ -46,19 +42,19 @@ class Pipeline(Generic[T]):
         checkpoint_every: steps between two checkpoints.
     """
 
-    def __init__(
-        self, begin: Callable[[int], Begun[T]], *, max_staleness: int, num_steps: int, checkpoint_every: int
-    ) -> None:
+    def __init__(self, begin: Callable[[int], T], *, max_staleness: int, num_steps: int, checkpoint_every: int) -> None:
         self._begin = begin
         self._max_staleness = max_staleness
         self._num_steps = num_steps
         self._checkpoint_every = checkpoint_every
         self._queue: deque[_Entry[T]] = deque()
+        self._taken: T | None = None
 
-    def collect(self, step: int) -> tuple[T, int]:
-        """Step s's data, and its staleness: optimiser steps from the weights that wrote it to those that learn now.
+    def take(self, step: int) -> tuple[T, int]:
+        """Step s's data in the making, and its staleness: optimiser steps from the weights that wrote it to those that
+        learn now.
 
-        Steps are asked for in order; after a step back, what was begun ahead is given up.
+        Steps are asked for in order; after a step back, what was begun is given up.
         """
         if self._queue and self._queue[0].step != step:
             self.close()
@@ -66,10 +62,13 @@ class Pipeline(Generic[T]):
         for ahead in range(first, min(step + self._max_staleness, self._last_before_checkpoint(step)) + 1):
             self._queue.append(_Entry(ahead, step, self._begin(ahead)))
         entry = self._queue.popleft()
-        return entry.begun.result(), step - entry.begun_at
+        self._taken = entry.begun
+        return entry.begun, step - entry.begun_at
 
     def close(self) -> None:
-        """Gives up what was begun ahead."""
+        """Gives up what was begun ahead, and what is still missing of the step taken last."""
+        if self._taken is not None:
+            self._taken.cancel()
         while self._queue:
             self._queue.popleft().begun.cancel()
 

@@ -31,8 +31,7 @@ def sample_rows(
                 "tokens": [str(tokenizer.decode([token_id])) for token_id in rollout.completion_ids.tolist()],
             }
         )
-    teacher_logp_BT = collected.batch.teacher_logp_BT
-    if teacher_logp_BT is not None:
+    if rows and (teacher_logp_BT := collected.batch.rows(range(len(rows))).scored().teacher_logp_BT) is not None:
         for row, rollout, teacher_logp_T in zip(rows, collected.rollouts, teacher_logp_BT.numpy(), strict=False):
             advantage_T = teacher_logp_T[: len(rollout.logprobs)] - rollout.logprobs
             row["teacher_advantage"] = [round(float(nats), DECIMALS) for nats in advantage_T]

@@ -9,7 +9,7 @@ import torch
 
 from protos.records import Int32
 from student_trainer.collate import Batch, collate
-from student_trainer.lm_head import logit_chunks
+from student_trainer.lm_head import completion_hidden, logit_chunks
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
 from student_trainer.rollout.generated import rollout_of
 from student_trainer.scoring import Scorer
@@ -64,10 +64,11 @@ def most_likely_ids(student: Student, batch: Batch, num_ids: int, micro_batch_si
     was_training = model.training
     model.eval()
     try:
-        for micro in batch.split(micro_batch_size):
+        for micro in (part.to(model.device) for part in batch.split(micro_batch_size)):
+            hidden_ND = completion_hidden(model, micro)
             chunks = [
                 logits_BTV[0].topk(num_ids, -1).indices.cpu().numpy().astype(np.int32)
-                for logits_BTV, _ in logit_chunks(model, student.head, micro.to(model.device))
+                for logits_BTV, _ in logit_chunks(model, student.head, hidden_ND, micro)
             ]
             ends = micro.mask_BT.sum(-1).cumsum(-1)[:-1].tolist()
             rows += np.split(np.concatenate(chunks), ends)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,6 +25,7 @@ class Collected:
         batch: what to learn from.
         rollouts: what the student wrote; empty when it wrote nothing.
         metrics: of the data, by name.
+        late_metrics: of what comes while the data are learnt from, as a teacher's scores may; asked for afterwards.
         minibatches: what each optimiser update of an epoch learns from, in order; None is all of `batch` at once.
         num_epochs: passes over the minibatches.
         rewards: of the rollouts; empty where the stage has no use for them.
@@ -36,6 +37,7 @@ class Collected:
     batch: Batch
     rollouts: Sequence[Rollout] = ()
     metrics: Metrics = field(default_factory=dict)
+    late_metrics: Callable[[], Metrics] = dict
     minibatches: Sequence[Batch] | None = None
     num_epochs: int = 1
     rewards: Sequence[float] = ()

@@ -87,25 +87,24 @@ class Opd:
         )
 
     def collect(self, step: int) -> Collected:
-        """Step s's rollouts, or what the teacher wrote in their place, and the teacher's scores of them."""
-        written, staleness = self._pipeline.collect(step)
+        """Step s's rollouts, or what the teacher wrote in their place, with the teacher's scores on their way."""
+        scoring, staleness = self._pipeline.take(step)
+        rollouts = scoring.rollouts
         by_teacher = is_by_teacher(step, self._teacher_written, self._seed)
-        batch = collate_scored(written.rollouts, written.results, by_student=not by_teacher)
-        metrics = {"rollout_s": written.rollout_s, "score_s": written.waited_s, "staleness": float(staleness)}
-        metrics["scored_tokens_per_s"] = batch.num_tokens / written.score_s
-        if waited_s := self._scorer.take_waited_s():
-            metrics["teacher_wait_s"] = waited_s
+        batch = replace(collate_rollouts(rollouts, by_student=not by_teacher), answers_B=scoring.answers)
+        metrics = {"rollout_s": scoring.rollout_s, "staleness": float(staleness)}
         if self._teacher_written > 0:
             metrics["teacher_written"] = float(by_teacher)
+        late_metrics = partial(self._scoring_metrics, scoring)
         if by_teacher:
-            return Collected(batch, metrics=metrics)
-        full = self._scored_in_full(written.rollouts, step)
+            return Collected(batch, metrics=metrics, late_metrics=late_metrics)
         return Collected(
             self._weighted(batch, staleness),
-            written.rollouts,
+            rollouts,
             metrics,
-            rewards=[self._task.reward(rollout.problem, rollout.text) for rollout in written.rollouts],
-            full_vocabulary=full,
+            late_metrics=late_metrics,
+            rewards=[self._task.reward(rollout.problem, rollout.text) for rollout in rollouts],
+            full_vocabulary=self._scored_in_full(rollouts, step),
         )
 
     def loss(self, logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -126,6 +125,10 @@ class Opd:
         self._pipeline.close()
         self._scorer.close()
         self._sampler.close()
+
+    def _scoring_metrics(self, scoring: Scoring) -> Metrics:
+        waited_s = self._scorer.take_waited_s()
+        return scoring.metrics() | ({"teacher_wait_s": waited_s} if waited_s else {})
 
     def _weighted(self, batch: Batch, staleness: int) -> Batch:
         """`batch` with its weights; what the weights of now have written has none, nor what the teacher has."""
@@ -180,22 +183,21 @@ def prefix_weights(logp_BT: torch.Tensor, behaviour_logp_BT: torch.Tensor, mask_
     return torch.where(mask_BT, before_BT.exp().clamp_max(MAX_WEIGHT), 1.0)
 
 
-def collate_scored(rollouts: Sequence[Rollout], results: Sequence[ScoreResult], *, by_student: bool = True) -> Batch:
-    """One batch of B rollouts and their scores, in the same order.
+def collate_scored(rollouts: Sequence[Rollout], results: Sequence[ScoreResult]) -> Batch:
+    """One batch of B rollouts of the student and their scores, in the same order."""
+    return collate_rollouts(rollouts, by_student=True).with_scores(results)
+
+
+def collate_rollouts(rollouts: Sequence[Rollout], *, by_student: bool) -> Batch:
+    """One batch of B rollouts.
 
     Args:
         by_student: whether their log-probs are those with which the student sampled them.
     """
-    entropies = [result.entropy for result in results if result.entropy is not None]
     return collate(
         [rollout.prompt_ids for rollout in rollouts],
         [rollout.completion_ids for rollout in rollouts],
         sampled_logp_BT=[rollout.logprobs for rollout in rollouts] if by_student else None,
         student_top_BTK=[rollout.top_ids for rollout in rollouts],
-        teacher_logp_BT=[result.sampled_logprobs for result in results],
-        teacher_top_BTK=[result.top_ids for result in results],
-        teacher_top_logp_BTK=[result.top_logprobs for result in results],
-        teacher_candidate_logp_BTM=[result.candidate_logprobs for result in results],
-        teacher_entropy_BT=entropies or None,
         decile_BT=[monitor.deciles(len(rollout.completion_ids)) for rollout in rollouts],
     )

@@ -111,9 +111,10 @@ class Opsd:
             self._mean.load_state_dict(state_dict)
 
     def _collected(self, step: int) -> Collected | None:
-        """None where the server was started anew since the weights were sent."""
+        """None where the server was started anew since the weights were sent, which the last score tells."""
         try:
-            return self._opd.collect(step)
+            collected = self._opd.collect(step)
+            return replace(collected, batch=collected.batch.scored())
         except WeightsLost:
             return None
 

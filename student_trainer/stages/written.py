@@ -6,26 +6,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 from protos.records import ScoreResult
 from student_trainer.rollout.base import Rollout
-
-
-@dataclass(frozen=True)
-class Written:
-    """One step's rollouts and scores, in the rollouts' order.
-
-    Attributes:
-        rollout_s: seconds of writing.
-        score_s: seconds in which any score was on its way.
-        waited_s: seconds of waiting for the scores alone.
-    """
-
-    rollouts: Sequence[Rollout]
-    results: Sequence[ScoreResult]
-    rollout_s: float
-    score_s: float
-    waited_s: float
+from student_trainer.stages.base import Metrics
 
 
 @dataclass
@@ -47,6 +32,10 @@ class Scoring:
     Args:
         parts: the rollouts as they end; see `Sampler.stream`.
         score: begins a request for the scores of some, which come in their order.
+
+    Attributes:
+        rollouts: in the order of their places.
+        rollout_s: seconds of writing.
     """
 
     def __init__(
@@ -64,26 +53,38 @@ class Scoring:
         except BaseException:
             self.cancel()
             raise
-        self._rollout_s = time.perf_counter() - started
+        self.rollout_s = time.perf_counter() - started
+        written = {place: rollout for part in self._parts for place, rollout in part.ended.items()}
+        self.rollouts = [written[place] for place in range(len(written))]
+        self._found = {place: (part, i) for part in self._parts for i, place in enumerate(part.ended)}
+        self._waited_s = 0.0
 
-    def result(self) -> Written:
-        """Waits for the scores; raises what scoring raised."""
-        asked = time.perf_counter()
-        pairs = {
-            place: (rollout, result)
-            for part in self._parts
-            for (place, rollout), result in zip(part.ended.items(), part.scores.result(), strict=True)
-        }
-        got = time.perf_counter()
-        rollouts, results = zip(*(pairs[place] for place in range(len(pairs))), strict=True)
+    @property
+    def answers(self) -> list[Callable[[], ScoreResult]]:
+        """Of each rollout, in their order: waits for its score; raises what scoring raised."""
+        return [partial(self._answer, place) for place in range(len(self.rollouts))]
+
+    def metrics(self) -> Metrics:
+        """Seconds of waiting for the scores alone, and scored tokens per second in which any was on its way; once all
+        are there.
+        """
+        now = time.perf_counter()
         # A callback may come after the result that it follows.
-        spans = [(part.asked, part.answered or got) for part in self._parts]
-        return Written(rollouts, results, self._rollout_s, covered(spans), got - asked)
+        score_s = covered((part.asked, part.answered or now) for part in self._parts)
+        num_tokens = sum(len(rollout.completion_ids) for rollout in self.rollouts)
+        return {"score_s": self._waited_s, "scored_tokens_per_s": num_tokens / score_s}
 
     def cancel(self) -> None:
         """Gives the scores up."""
         for part in self._parts:
             part.scores.cancel()
+
+    def _answer(self, place: int) -> ScoreResult:
+        part, index = self._found[place]
+        asked = time.perf_counter()
+        results = part.scores.result()
+        self._waited_s += time.perf_counter() - asked
+        return results[index]
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

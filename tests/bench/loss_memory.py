@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from student_trainer.collate import Batch, collate, completion_logits
 from student_trainer.config import LossConfig
-from student_trainer.lm_head import find_head, logit_chunks
+from student_trainer.lm_head import completion_hidden, find_head, logit_chunks
 from student_trainer.losses import token_mean
 from student_trainer.stages.objective import Objective
 from tests.bench.alone import alone
@@ -75,7 +75,7 @@ def build_batch(num_sequences: int) -> Batch:
 def by_chunks(model: PreTrainedModel, objective: Objective, batch: Batch) -> float:
     """As `student_trainer.learner` does it."""
     head, total = find_head(model), 0.0
-    for logits_BTV, tokens in logit_chunks(model, head, batch):
+    for logits_BTV, tokens in logit_chunks(model, head, completion_hidden(model, batch), batch):
         loss = token_mean(objective.loss(logits_BTV, tokens), tokens.mask_BT, batch.num_tokens)
         loss.backward()
         total += loss.item()

@@ -15,7 +15,8 @@ the peak resident set of the trainer's process up to its last step, in all and a
 were there and its models were about to be loaded; and with that of the server's processes.
 
     rollout   the student writes
-    score     ours: waiting for the server after the rollouts; TRL: the teacher's forward (its LM head is in the loss)
+    score     ours: waiting for the server, behind the rollouts and the student's forward; TRL: the teacher's forward
+              (its LM head is in the loss)
     step      the optimiser
     loss      the rest: forward, loss, backward, our monitors, logs
 """

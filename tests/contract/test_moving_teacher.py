@@ -251,17 +251,17 @@ def test_a_server_started_anew_between_weights_and_scores_is_sent_them_again(
                 run(proxy.move(ports[1]))
 
             opd._sampler = Disturbing(opd._sampler, restart)
-            disturbed = stage.collect(1)
+            disturbed = stage.collect(1).batch.scored()
             assert opd._sampler.calls == [4, 4]  # written, scored in vain, and written again
     finally:
         run(proxy.stop())
     other = f"http://127.0.0.1:{ports[2]}"
     with running(config_of(model, other, tmp_path / "undisturbed", teacher="live")) as (learner, stage):
         learner.step(stage, stage.collect(0))
-        undisturbed = stage.collect(1)
-    assert disturbed.batch.teacher_logp_BT is not None
-    assert undisturbed.batch.teacher_logp_BT is not None
-    np.testing.assert_array_equal(disturbed.batch.teacher_logp_BT, undisturbed.batch.teacher_logp_BT)
+        undisturbed = stage.collect(1).batch.scored()
+    assert disturbed.teacher_logp_BT is not None
+    assert undisturbed.teacher_logp_BT is not None
+    np.testing.assert_array_equal(disturbed.teacher_logp_BT, undisturbed.teacher_logp_BT)
 
 
 def test_weights_that_somebody_else_has_sent_end_the_run(

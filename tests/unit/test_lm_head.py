@@ -23,7 +23,7 @@ from transformers import (
 
 from student_trainer import lm_head
 from student_trainer.collate import Batch, collate, completion_logits
-from student_trainer.lm_head import LmHead, find_head, logit_chunks
+from student_trainer.lm_head import LmHead, completion_hidden, find_head, logit_chunks
 from student_trainer.losses import log_probs, token_mean
 
 V = 97
@@ -87,7 +87,7 @@ def chunked(
 ) -> tuple[float, dict[str, Tensor]]:
     total = 0.0
     for micro in batch.split(micro_batch_size):
-        for logits, tokens in logit_chunks(model, head, micro):
+        for logits, tokens in logit_chunks(model, head, completion_hidden(model, micro), micro):
             loss = token_mean(negative_log_likelihood(logits, tokens), tokens.mask_BT, batch.num_tokens)
             loss.backward()
             total += loss.item()
@@ -147,7 +147,7 @@ def test_peft_models_train_by_chunks_too() -> None:
 def test_without_gradients_the_chunks_are_the_logits_and_nothing_is_left_behind() -> None:
     model, batch = build("gemma2"), build_batch()
     with torch.no_grad():
-        [(logits, tokens)] = list(logit_chunks(model, find_head(model), batch))
+        [(logits, tokens)] = list(logit_chunks(model, find_head(model), completion_hidden(model, batch), batch))
         torch.testing.assert_close(logits[0], completion_logits(model, batch)[batch.mask_BT], rtol=0, atol=1e-12)
     assert tokens.completion_ids_BT[0].tolist() == batch.completion_ids_BT[batch.mask_BT].tolist()
     head = model.get_output_embeddings()

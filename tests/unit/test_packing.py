@@ -73,7 +73,7 @@ def texts(seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
 def loss_and_gradients(model: PreTrainedModel, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
     total, head = 0.0, find_head(model)
     for micro in batch.split(4):
-        for logits, tokens in logit_chunks(model, head, micro):
+        for logits, tokens in logit_chunks(model, head, completion_hidden(model, micro), micro):
             logp_BT = log_probs(logits, 1.0).gather(-1, tokens.completion_ids_BT[..., None])[..., 0]
             loss = token_mean(-logp_BT, tokens.mask_BT, batch.num_tokens)
             loss.backward()

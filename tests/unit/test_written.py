@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future
+from dataclasses import replace
+from threading import Timer
 
 import numpy as np
 import pytest
+import torch
 
 from protos.records import Message, ScoreResult
+from student_trainer.collate import collate
 from student_trainer.rollout.base import Rollout
 from student_trainer.stages.written import Scoring, covered
 from student_trainer.tasks import Problem
@@ -66,13 +70,26 @@ def test_each_is_asked_for_as_it_ends_and_their_order_decides_nothing():
     assert asked_before_the_next == [1, 2, 3]
     for number in (2, 0, 1):
         teacher.answer(number)
-    written = scoring.result()
-    assert [one.problem.id for one in written.rollouts] == ["0", "1", "2", "3"]
-    assert [float(one.sampled_logprobs[0]) for one in written.results] == [0, -1, -2, -3]
+    assert [one.problem.id for one in scoring.rollouts] == ["0", "1", "2", "3"]
+    assert [float(answer().sampled_logprobs[0]) for answer in scoring.answers] == [0, -1, -2, -3]
+
+
+def test_a_micro_batch_waits_for_its_own_scores_alone():
+    teacher = Teacher()
+    scoring = Scoring([{2: rollout(2), 0: rollout(0)}, {1: rollout(1), 3: rollout(3)}], teacher.score)
+    ids = [one.completion_ids for one in scoring.rollouts]
+    batch = replace(collate(ids, ids), answers_B=scoring.answers)
+    teacher.answer(0)
+    first, last = batch.rows([0, 2]), next(iter(batch.rows([3]).split(1)))
+    assert first.scored().teacher_logp_BT == pytest.approx(torch.tensor([[0.0], [-2.0]]))
+    teacher.answer(1)
+    assert last.scored().teacher_logp_BT == pytest.approx(torch.tensor([[-3.0]]))
+    assert last.idle().scored().teacher_logp_BT is None
+    assert last.scored().scored().answers_B is None
 
 
 def test_seconds_of_writing_and_of_scores_on_their_way():
-    """Nothing is on its way in two of three waits: before the first part, and between its answer and the second."""
+    """Nothing is on its way in two of four waits: before the first part, and between its answer and the second."""
     teacher, started = Teacher(), time.perf_counter()
 
     def parts():
@@ -84,12 +101,16 @@ def test_seconds_of_writing_and_of_scores_on_their_way():
 
     scoring = Scoring(parts(), teacher.score)
     time.sleep(0.1)
-    teacher.answer(1)
-    written = scoring.result()
+    answer = Timer(0.05, teacher.answer, [1])
+    answer.start()
+    for wait in scoring.answers:
+        wait()
     seconds = time.perf_counter() - started
-    assert 0.1 <= written.rollout_s <= seconds - 0.1
-    assert 0.1 <= written.score_s <= seconds - 0.1
-    assert written.waited_s <= seconds - 0.2
+    answer.join()
+    metrics = scoring.metrics()
+    assert 0.1 <= scoring.rollout_s <= seconds - 0.15
+    assert 0.15 <= 2 / metrics["scored_tokens_per_s"] <= seconds - 0.1  # two tokens
+    assert 0 < metrics["score_s"] <= seconds - 0.2
 
 
 def test_a_sampler_that_fails_gives_up_what_was_asked():
