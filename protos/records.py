@@ -94,7 +94,8 @@ class ScoreItem:
         completion_ids: int32 [T], appended to the context verbatim, never re-tokenised.
         temperature: log-probs are log_softmax(logits / temperature), for any value from 1e-30 to 1e30.
         top_k: how many of the teacher's most likely ids to return; 0 asks for none.
-        candidate_ids: the caller's own ids, int32 [T, M], PAD_ID pads; None asks for none.
+        candidate_ids: the caller's own ids, int32 [T, M], or [1, M] for the same at every position; PAD_ID pads; None
+            asks for none.
         entropy: whether to return the entropy of the teacher's distribution at this temperature.
         privileged: what the teacher sees and the student does not.
         teacher: the served name; "" is the server's first.

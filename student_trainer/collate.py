@@ -52,7 +52,8 @@ class Batch:
         student_top_BTK: int64, the student's most likely ids when it sampled; None likewise.
         teacher_logp_BT: float32, the teacher's log-prob of each completion token; None without a teacher.
         teacher_top_BTK, teacher_top_logp_BTK: the teacher's most likely ids and log-probs; None without a teacher.
-        teacher_candidate_logp_BTM: the teacher's log-probs at `student_top_BTK`; None without a teacher.
+        teacher_candidate_logp_BTM: the teacher's log-probs at `student_top_BTK`, or of every id in order where the loss
+            compares whole vocabularies; None without a teacher.
         advantage_BT: float32, how much better than expected each token was; None where nothing is rewarded.
         reference_logp_BT: float32, a reference policy's log-prob of each token; None without a reference.
         weight_BT: float32, what each token's loss is multiplied by; None where every token counts once.

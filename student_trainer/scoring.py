@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self, TypeVar
 
+import numpy as np
 import torch
 
 from protos.credentials import Tls
@@ -43,12 +44,14 @@ class Wanted:
     Attributes:
         teacher_top_k: how many of the teacher's own most likely ids; 0 for none.
         student_top_k: how many of the student's most likely ids to score; 0 for none.
+        vocab_size: V, to score every id in place of the student's, in their order; 0 not to.
         temperature: of the student's log-probs in the loss; None when no loss compares them.
         entropy: the teacher's entropy, from those that can give it.
     """
 
     teacher_top_k: int = 0
     student_top_k: int = 0
+    vocab_size: int = 0
     temperature: float | None = None
     entropy: bool = False
 
@@ -115,8 +118,7 @@ class Scorer:
             problems = self._client.wait(spelling_differences(self._client.teacher, tokenizer))
         else:
             problems = differences(info.tokenizer, student)
-        is_whole = wanted.teacher_top_k == student.vocab_size
-        if is_whole and info.tokenizer.vocab_size != student.vocab_size:
+        if wanted.vocab_size and info.tokenizer.vocab_size != student.vocab_size:
             problems.append(
                 f"the loss compares whole vocabularies: the student's output has {student.vocab_size} rows, "
                 f"the teacher's {info.tokenizer.vocab_size}"
@@ -124,12 +126,14 @@ class Scorer:
         for name, asked, limit in (
             ("teacher's top-K", wanted.teacher_top_k, info.max_top_k),
             ("student's ids a position", wanted.student_top_k, info.max_candidates),
+            ("ids of the whole vocabulary", wanted.vocab_size, info.max_candidates),
             ("prompt, privileged information and completion tokens", max_context_tokens, info.max_context_tokens),
         ):
             if asked > limit:
                 problems.append(f"{name}: {asked} needed, the teacher takes at most {limit}")
-        if wanted.student_top_k and "candidates" not in info.supports:
-            problems.append("the loss needs scores at the student's ids, which this teacher cannot give")
+        if (wanted.student_top_k or wanted.vocab_size) and "candidates" not in info.supports:
+            whose = "every id" if wanted.vocab_size else "the student's ids"
+            problems.append(f"the loss needs scores at {whose}, which this teacher cannot give")
         if wanted.temperature not in (None, self._temperature):
             problems.append(
                 f"the student's log-probs are taken at temperature {wanted.temperature}, the teacher is asked at "
@@ -225,13 +229,18 @@ class Scorer:
 
     def _item(self, rollout: Rollout, wanted: Wanted) -> ScoreItem:
         privileged = self._privileged(rollout.problem) if self._privileged else None
+        candidate_ids = None
+        if wanted.vocab_size:
+            candidate_ids = np.arange(wanted.vocab_size, dtype=np.int32)[None]
+        elif wanted.student_top_k:
+            candidate_ids = rollout.top_ids[:, : wanted.student_top_k]
         return ScoreItem(
             # Without privileged information the ids themselves are sent, so that both models read the same prompt.
             prompt=rollout.prompt_ids if privileged is None else Chat(rollout.problem.messages),
             completion_ids=rollout.completion_ids,
             temperature=self._temperature,
             top_k=wanted.teacher_top_k,
-            candidate_ids=rollout.top_ids[:, : wanted.student_top_k] if wanted.student_top_k else None,
+            candidate_ids=candidate_ids,
             entropy=wanted.entropy and "entropy" in self.info.supports,
             privileged=privileged,
         )

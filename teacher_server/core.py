@@ -340,7 +340,7 @@ def _no_rows(task: ScoreTask) -> ScoreRows:
         sampled_logprobs=np.empty(0, np.float32),
         top_ids=np.empty((0, task.top_k), np.int32),
         top_logprobs=np.empty((0, task.top_k), np.float32),
-        candidate_logprobs=np.empty(task.candidate_ids.shape, np.float32),
+        candidate_logprobs=np.empty((0, task.candidate_ids.shape[1]), np.float32),
         entropy=np.empty(0, np.float32) if task.entropy else None,
         num_cached_tokens=0,
     )

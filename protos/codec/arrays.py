@@ -54,10 +54,10 @@ def array_of(data: bytes, dtype: np.dtype, shape: tuple[int, ...], field: str) -
 
 
 def check_candidates(candidate_ids: Int32, num_tokens: int, field: str) -> None:
-    """Raises InvalidRequest unless the array is [T, M] for a completion of `num_tokens` T."""
-    if candidate_ids.ndim != 2 or len(candidate_ids) != num_tokens:
+    """Raises InvalidRequest unless the array is [T, M], or [1, M], for a completion of `num_tokens` T."""
+    if candidate_ids.ndim != 2 or len(candidate_ids) not in (1, num_tokens):
         raise InvalidRequest(
             f"candidate_ids has shape {list(candidate_ids.shape)}; the completion has {num_tokens} tokens, "
-            f"so it must be [{num_tokens}, M]",
+            f"so it must be [{num_tokens}, M], or [1, M] for the same ids at every position",
             field=field,
         )

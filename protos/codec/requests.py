@@ -113,7 +113,8 @@ def _score_item_message(item: records.ScoreItem, where: str) -> pb.ScoreItem:
 
 def _score_item(item: pb.ScoreItem, where: str) -> records.ScoreItem:
     completion_ids = ids_of(item.completion_ids, f"{where}.completion_ids")
-    shape = (len(completion_ids), item.num_candidates)
+    is_shared = len(item.candidate_ids) == item.num_candidates * INT.itemsize
+    shape = (1 if is_shared else len(completion_ids), item.num_candidates)
     candidate_ids = array_of(item.candidate_ids, INT, shape, f"{where}.candidate_ids")
     return records.ScoreItem(
         prompt=_prompt(item, where),

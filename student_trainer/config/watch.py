@@ -122,7 +122,7 @@ class WatchConfig(Section):
     """Optimiser updates in the whole run, a critic's included, that may be skipped because their loss or gradient was
     not finite."""
     full_vocabulary_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between exact divergences and entropies over the whole vocabulary; 0 never. Each token brings 8 bytes for
+    """Steps between exact divergences and entropies over the whole vocabulary; 0 never. Each token brings 4 bytes for
     each id of the vocabulary over the network."""
     full_vocabulary_rollouts: PositiveInt = 4
     """Of each such step, the first ones."""

@@ -141,11 +141,17 @@ def taught_by_itself(logits_BTV: Tensor, batch: Batch, temperature: float) -> Ba
 def narrowed(batch: Batch, objective: Objective) -> Batch:
     """The batch as `objective` would have asked for it, of one that holds more; the teacher's list stays."""
     assert batch.student_top_BTK is not None
+    assert batch.teacher_top_BTK is not None
+    assert batch.teacher_top_logp_BTK is not None
     assert batch.teacher_candidate_logp_BTM is not None
+    if objective.wanted.vocab_size:
+        candidate_logp_BTM = losses.full_vocabulary(batch.teacher_top_BTK, batch.teacher_top_logp_BTK, batch.mask_BT)
+    else:
+        candidate_logp_BTM = batch.teacher_candidate_logp_BTM[..., : objective.wanted.student_top_k]
     return replace(
         batch,
         student_top_BTK=batch.student_top_BTK[..., : objective.top_k],
-        teacher_candidate_logp_BTM=batch.teacher_candidate_logp_BTM[..., : objective.wanted.student_top_k],
+        teacher_candidate_logp_BTM=candidate_logp_BTM,
     )
 
 

@@ -216,7 +216,7 @@ class PiProbe:
     def _scored(self, problem: Problem, ids: Int32, pis: Sequence[Privileged | None]) -> Float64:
         """log q of the same ids under each PI, [M, T, S], with all others as one more where S is not the vocabulary."""
         if self._is_whole:
-            wanted_TS = np.tile(np.arange(self._vocab_size, dtype=np.int32), (len(ids), 1))
+            wanted_TS = np.arange(self._vocab_size, dtype=np.int32)[None]  # at every position
         else:
             firsts = self._teacher.score([self._item(problem, ids, pi, top_k=self._width) for pi in pis])
             wanted_TS = _union(np.concatenate([first.top_ids for first in firsts], -1))

@@ -96,7 +96,7 @@ class LocalStudent:
         batch = collate([item.prompt], [item.completion_ids]).to(self._student.model.device)
         logp_TV = losses.log_probs(completion_logits(self._student.model, batch), item.temperature)[0].cpu().float()
         wanted = np.empty((len(item.completion_ids), 0), np.int32) if item.candidate_ids is None else item.candidate_ids
-        ids_TM = torch.from_numpy(wanted.astype(np.int64))
+        ids_TM = torch.from_numpy(wanted.astype(np.int64)).expand(len(item.completion_ids), -1)
         top = logp_TV.topk(item.top_k)
         candidate_logp_TM = logp_TV.gather(-1, ids_TM.clamp_min(0)).masked_fill(ids_TM == PAD_ID, torch.nan)
         completion_T1 = torch.from_numpy(item.completion_ids.astype(np.int64))[:, None]

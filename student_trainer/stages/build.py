@@ -107,7 +107,7 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
     try:
         scorer.handshake(
             student.fingerprint,
-            replace(objective.wanted, teacher_top_k=student.vocab_size) if full.every_steps else objective.wanted,
+            replace(objective.wanted, vocab_size=student.vocab_size) if full.every_steps else objective.wanted,
             longest_context + rollout.max_new_tokens,
             tokenizer=student.tokenizer,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import assert_never
@@ -50,11 +51,12 @@ class Objective:
         self._eos_token_ids = eos_token_ids
         self.top_k = min(config.top_k, vocab_size)
         # The teacher's list is asked for whatever the loss: the overlap of the two lists is the first monitor. It also
-        # answers for every id of the intersection, of the teacher's own support and of a whole vocabulary.
+        # answers for every id of the intersection and of the teacher's own support.
         needs_candidates = config.kind not in FULL_VOCABULARY | SAMPLED and config.support in ("student", "union")
         self.wanted = Wanted(
-            teacher_top_k=vocab_size if config.kind in FULL_VOCABULARY else self.top_k,
+            teacher_top_k=self.top_k,
             student_top_k=self.top_k if needs_candidates else 0,
+            vocab_size=vocab_size if config.kind in FULL_VOCABULARY else 0,
             temperature=temperature,
             entropy=True,
         )
@@ -148,9 +150,11 @@ class Objective:
         return support, teacher_logp_BTS
 
     def _teacher_logp_BTV(self, batch: Batch) -> torch.Tensor:
-        return losses.full_vocabulary(
-            _present(batch.teacher_top_BTK), _present(batch.teacher_top_logp_BTK), batch.mask_BT
-        )
+        logp_BTV = _present(batch.teacher_candidate_logp_BTM)
+        if batch.mask_BT.all():
+            return logp_BTV
+        # Finite on padding, so that a loss has no NaN to leak.
+        return logp_BTV.masked_fill(~batch.mask_BT[..., None], -math.log(logp_BTV.shape[-1]))
 
 
 def _sampled_logp(logp_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:

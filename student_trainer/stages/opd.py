@@ -159,7 +159,7 @@ class Opd:
         first = rollouts[: max(0, full.num_rollouts - before)]
         if not first:
             return None
-        wanted = Wanted(teacher_top_k=full.vocab_size)
+        wanted = Wanted(vocab_size=full.vocab_size)
         return collate_scored(first, self._scorer.score(first, wanted))
 
 

@@ -98,16 +98,15 @@ def watch_full_vocabulary(model: PreTrainedModel, batch: Batch, temperature: flo
     """Exact divergences and entropies over the whole vocabulary, means over the tokens of `batch`.
 
     Args:
-        batch: with every id of the vocabulary in the teacher's top-K.
+        batch: with the teacher's log-probs of every id as its candidates.
         temperature: of both models' log-probs.
     """
     metrics: Metrics = {}
     for one in batch.split(1):
         one = one.to(model.device)
-        assert one.teacher_top_BTK is not None
-        assert one.teacher_top_logp_BTK is not None
+        teacher_logp_BTV = one.teacher_candidate_logp_BTM
+        assert teacher_logp_BTV is not None
         logp_BTV = losses.log_probs(completion_logits(model, one), temperature)
-        teacher_logp_BTV = losses.full_vocabulary(one.teacher_top_BTK, one.teacher_top_logp_BTK, one.mask_BT)
         entropy_BT = monitor.entropy(logp_BTV.exp(), logp_BTV)
         teacher_entropy_BT = monitor.entropy(teacher_logp_BTV.exp(), teacher_logp_BTV)
         values = {

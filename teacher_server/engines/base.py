@@ -61,7 +61,7 @@ class ScoreTask:
         completion_ids: int32 [T].
         temperature: above 0.
         top_k: K, 0 for none.
-        candidate_ids: int32 [T, M] with -1 as padding; M = 0 for none.
+        candidate_ids: int32 [T, M] with -1 as padding, or [1, M] for the same at every position; M = 0 for none.
         entropy: whether to compute it.
         adapter: a loaded one, or None for the model itself.
     """

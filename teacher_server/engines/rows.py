@@ -28,7 +28,7 @@ class RowsRequest:
 
     Attributes:
         completion_ids: int64 [T].
-        candidate_ids: int64 [T, M], PAD_ID pads.
+        candidate_ids: int64 [T, M], PAD_ID pads; one row in memory where all are the same.
     """
 
     completion_ids: torch.Tensor
@@ -51,10 +51,10 @@ class RowsRequest:
     def from_plain(cls, plain: dict[str, Any], device: torch.device) -> RowsRequest:
         """The request that `to_plain` wrote, with its ids on `device`."""
         completion_ids = np.frombuffer(plain["completion_ids"], "<i4").astype(np.int64)
-        candidate_ids = np.frombuffer(plain["candidate_ids"], "<i4").astype(np.int64)
+        candidate_ids = np.frombuffer(plain["candidate_ids"], "<i4").astype(np.int64).reshape(plain["candidates_shape"])
         return cls(
             completion_ids=torch.from_numpy(completion_ids).to(device),
-            candidate_ids=torch.from_numpy(candidate_ids.reshape(len(completion_ids), -1)).to(device),
+            candidate_ids=torch.from_numpy(candidate_ids).to(device).expand(len(completion_ids), -1),
             top_k=plain["top_k"],
             temperature=plain["temperature"],
             entropy=plain["entropy"],
@@ -66,6 +66,7 @@ def to_plain(task: ScoreTask) -> dict[str, Any]:
     return {
         "completion_ids": task.completion_ids.astype("<i4").tobytes(),
         "candidate_ids": task.candidate_ids.astype("<i4").tobytes(),
+        "candidates_shape": list(task.candidate_ids.shape),
         "top_k": task.top_k,
         "temperature": float(task.temperature),
         "entropy": task.entropy,

@@ -199,7 +199,7 @@ class TransformersEngine:
         logprobs_TV = torch.log_softmax(logits_TV.float() / task.temperature, dim=-1)
 
         completion_ids_T = self._tensor(task.completion_ids)
-        candidate_ids_TM = self._tensor(task.candidate_ids)
+        candidate_ids_TM = self._tensor(task.candidate_ids).expand(num_rows, -1)
         top_logprobs_TK, top_ids_TK = logprobs_TV.topk(task.top_k, dim=-1)
         candidates_TM = logprobs_TV.gather(1, candidate_ids_TM.clamp_min(0))
         candidates_TM[candidate_ids_TM == PAD_ID] = float("nan")

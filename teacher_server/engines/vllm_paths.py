@@ -80,7 +80,8 @@ class OfficialFields:
         if task.entropy:
             raise ValueError("entropy is not among the fields of the V2 model runner")
         params = prefill_params(read_prefix_cache=read_prefix_cache and task.top_k == 0)
-        params.prompt_logprob_token_ids = np.concatenate([task.completion_ids[:, None], task.candidate_ids], axis=1)
+        candidate_ids = np.broadcast_to(task.candidate_ids, (len(task.completion_ids), task.candidate_ids.shape[1]))
+        params.prompt_logprob_token_ids = np.concatenate([task.completion_ids[:, None], candidate_ids], axis=1)
         params.prompt_logprob_start = len(task.context_ids) - 1
         if task.top_k > 0:
             params.prompt_logprobs = task.top_k

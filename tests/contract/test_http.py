@@ -95,7 +95,7 @@ BAD_JSON: dict[str, tuple[Any, str, str]] = {
     "wrong type": ({"items": [JSON_ITEM, JSON_ITEM | {"temperature": "hot"}]}, "items[1].temperature", "valid number"),
     "id beyond int32": ({"items": [JSON_ITEM | {"prompt_ids": [2**31]}]}, "items[0].prompt_ids[0]", "less than"),
     "ragged": ({"items": [JSON_ITEM | {"candidate_ids": [[1], [2, 3]]}]}, "items[0].candidate_ids", "one length"),
-    "rows": ({"items": [JSON_ITEM | {"candidate_ids": [[1]]}]}, "items[0].candidate_ids", "[2, M]"),
+    "rows": ({"items": [JSON_ITEM | {"candidate_ids": [[1]] * 3}]}, "items[0].candidate_ids", "[2, M], or [1, M]"),
     "no prompt": ({"items": [{"completion_ids": [1]}]}, "items[0].prompt", "exactly one"),
     "two prompts": ({"items": [JSON_ITEM | {"chat": {"messages": []}}]}, "items[0].prompt", "exactly one"),
     "two privileged": (

@@ -22,7 +22,7 @@ from student_trainer.collate import completion_logits
 from student_trainer.config import ConfigError, TrainConfig, parse_config
 from student_trainer.learner import Learner
 from student_trainer.loop import train
-from student_trainer.losses import full_vocabulary, log_probs, reverse_kl
+from student_trainer.losses import log_probs, reverse_kl
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
 from student_trainer.run_folder import read_rows
 from student_trainer.scoring import Scorer, Wanted
@@ -106,11 +106,10 @@ def told_nothing(url: str, collected: Collected) -> tuple[torch.Tensor, torch.Te
     [N, V], whether each of the N tokens is there, and the versions that answered.
     """
     with Scorer(url, temperature=TEMPERATURE, timeout_s=60) as scorer:
-        results = scorer.score(collected.rollouts, Wanted(teacher_top_k=V))
+        results = scorer.score(collected.rollouts, Wanted(vocab_size=V))
     batch = collate_scored(collected.rollouts, results)
-    assert batch.teacher_top_BTK is not None
-    assert batch.teacher_top_logp_BTK is not None
-    logp_BTV = full_vocabulary(batch.teacher_top_BTK, batch.teacher_top_logp_BTK, batch.mask_BT)
+    assert batch.teacher_candidate_logp_BTM is not None
+    logp_BTV = torch.where(batch.mask_BT[..., None], batch.teacher_candidate_logp_BTM, 0.0)
     return logp_BTV, batch.mask_BT, {result.weights_version for result in results}
 
 

@@ -112,6 +112,16 @@ def test_arrays_are_those_of_the_model(run: LoopThread, teacher: Teacher, tiny_m
     assert result.weights_version == 0
 
 
+def test_ids_that_are_sent_once_are_scored_at_every_position(
+    run: LoopThread, teacher: Teacher, tiny_model: Path
+) -> None:
+    """The whole vocabulary in its order, and a padded id behind it."""
+    every_id = np.append(np.arange(VOCAB_SIZE, dtype=np.int32), np.int32(-1))[None]
+    [result] = run(teacher.score([ScoreItem(PROMPT, COMPLETION, temperature=0.7, candidate_ids=every_id)]))
+    rows_TV = reference_rows(tiny_model, PROMPT.tolist(), COMPLETION, 0.7)
+    assert_close(result.candidate_logprobs, np.append(rows_TV, np.full((5, 1), np.nan), 1))
+
+
 def test_transports_give_equal_bits(run: LoopThread, transformers_server: Server) -> None:
     items = [full_item(), replace(full_item(), temperature=1.3, top_k=VOCAB_SIZE, entropy=False)]
     over = {}

@@ -186,5 +186,5 @@ def test_a_teacher_that_is_not_there_is_named(tmp_path, models):
 def test_what_a_loss_asks_for_is_what_it_needs():
     full = Objective(LossConfig(kind="reverse_kl"), V, temperature=1.0)
     top = Objective(LossConfig(top_k=5), V, temperature=1.0)
-    assert full.wanted == Wanted(teacher_top_k=V, temperature=1.0, entropy=True)
+    assert full.wanted == Wanted(teacher_top_k=full.top_k, vocab_size=V, temperature=1.0, entropy=True)
     assert top.wanted == Wanted(teacher_top_k=5, student_top_k=5, temperature=1.0, entropy=True)

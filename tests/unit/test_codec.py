@@ -71,7 +71,7 @@ def score_items(draw: st.DrawFn) -> ScoreItem:
         completion_ids=draw(ids(num_tokens)),
         temperature=draw(FLOAT),
         top_k=draw(INT32),
-        candidate_ids=draw(st.none() | ids(num_tokens, num_candidates)),
+        candidate_ids=draw(st.none() | ids(num_tokens, num_candidates) | ids(1, num_candidates)),
         entropy=draw(st.booleans()),
         privileged=draw(PRIVILEGED),
         teacher=draw(TEXT),

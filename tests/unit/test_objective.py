@@ -29,7 +29,7 @@ def answered(wanted: Wanted) -> tuple[torch.Tensor, Batch, torch.Tensor]:
     ids = torch.tensor([[3, 5, 0]])
     top = logq.topk(wanted.teacher_top_k)
     student_top = logp.topk(K).indices
-    candidates = logq.gather(-1, student_top[..., : wanted.student_top_k])
+    candidates = logq if wanted.vocab_size else logq.gather(-1, student_top[..., : wanted.student_top_k])
 
     def padded(array: torch.Tensor, fill: float) -> torch.Tensor:
         return array.masked_fill(~(mask[..., None] if array.ndim == 3 else mask), fill)
@@ -121,17 +121,17 @@ def test_the_entropy_by_decile_is_that_of_its_tokens_from_any_pieces() -> None:
 
 
 def test_a_loss_asks_for_no_more_than_it_and_its_monitors_need() -> None:
-    def wanted(**config) -> tuple[int, int]:
+    def wanted(**config) -> tuple[int, int, int]:
         needs = objective(**config).wanted
         assert needs.temperature == TEMPERATURE
-        return needs.teacher_top_k, needs.student_top_k
+        return needs.teacher_top_k, needs.student_top_k, needs.vocab_size
 
-    assert wanted(kind="stop_gradient_reverse_kl", support="student") == (K, K)
-    assert wanted(kind="tail_forward_kl", support="union") == (K, K)
-    assert wanted(kind="stop_gradient_reverse_kl", support="teacher") == (K, 0)
-    assert wanted(kind="stop_gradient_reverse_kl", support="intersection") == (K, 0)
-    assert wanted(kind="policy_gradient") == (K, 0)
-    assert wanted(kind="jsd") == (V, 0)
+    assert wanted(kind="stop_gradient_reverse_kl", support="student") == (K, K, 0)
+    assert wanted(kind="tail_forward_kl", support="union") == (K, K, 0)
+    assert wanted(kind="stop_gradient_reverse_kl", support="teacher") == (K, 0, 0)
+    assert wanted(kind="stop_gradient_reverse_kl", support="intersection") == (K, 0, 0)
+    assert wanted(kind="policy_gradient") == (K, 0, 0)
+    assert wanted(kind="jsd") == (K, 0, V)
 
 
 def test_importance_weights_multiply_a_sampled_loss() -> None:

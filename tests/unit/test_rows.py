@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -119,3 +120,8 @@ def test_a_task_crosses_the_process_boundary_unchanged() -> None:
     assert request.candidate_ids.tolist() == task.candidate_ids.tolist()
     assert (request.top_k, request.temperature, request.entropy) == (3, 0.7, True)
     assert request.width == 1 + 3 + 3 + 4 + 1
+    shared = replace(task, candidate_ids=task.candidate_ids[:1])
+    assert (
+        RowsRequest.from_plain(to_plain(shared), torch.device("cpu")).candidate_ids.tolist()
+        == [task.candidate_ids[0].tolist()] * 7
+    )
