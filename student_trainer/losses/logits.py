@@ -19,4 +19,4 @@ def log_probs(logits_BTV: Tensor, temperature: float) -> Tensor:
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be finite and above 0, got {temperature}")
     wide = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-    return torch.log_softmax(wide / temperature, dim=-1)
+    return torch.log_softmax(wide if temperature == 1 else wide / temperature, dim=-1)
