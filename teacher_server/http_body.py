@@ -42,7 +42,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     """The whole body.
 
     Raises:
-        InvalidRequest: it is too large.
+        InvalidRequest: it is too large, or breaks off.
         Corrupted: it is not the one that was sent.
         DeadlineExceeded: it comes too slowly.
     """
@@ -61,6 +61,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         raise DeadlineExceeded(
             f"{len(body)} bytes of the body came within {limits.body_timeout_s:g} s and more is to come; send it faster"
         ) from None
+    except ClientDisconnect as error:
+        raise InvalidRequest(f"the body broke off after {len(body)} bytes") from error
     data = bytes(body)
     check_body(data, request.headers.get(BODY_CRC_HEADER))
     return data

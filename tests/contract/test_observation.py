@@ -323,3 +323,24 @@ def test_a_request_is_a_span_with_a_child_for_each_phase(
     # Without a traceparent a trace of its own; refused before the core, it went through no phase.
     assert refused.parent is None
     assert (refused.name, refused.status.is_ok, refused.status.description) == ("score", False, "InvalidRequest")
+
+
+def test_a_body_that_breaks_off_is_an_invalid_request_and_no_failure_of_ours(
+    run: LoopThread, transformers_engine: Engine, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[Observation] = []
+
+    async def scenario() -> None:
+        core = core_over(transformers_engine, tiny_model)
+        async with serving(core, observers=(seen.append,)) as server:
+            url = httpx.URL(server.listeners.http_url)
+            _, writer = await asyncio.open_connection(url.host, url.port)
+            head = f"POST /v1/score HTTP/1.1\r\nhost: a\r\ncontent-type: {PROTOBUF_TYPE}\r\ncontent-length: 100\r\n\r\n"
+            writer.write(head.encode() + b"12345")
+            await writer.drain()
+            writer.close()
+            await until(lambda: seen)
+
+    run(scenario())
+    assert [observation.error for observation in seen] == ["InvalidRequest"]
+    assert not caplog.records

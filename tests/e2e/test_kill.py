@@ -22,7 +22,9 @@ from tests.warm import start_train
 pytestmark = pytest.mark.slow
 
 SEED = 1618
-STEPS = 32
+STEPS = 64
+"""Enough that thirty kills, none of which lets the run go on for more than a few steps, leave some of them."""
+
 MOMENTS = ["start"] * 9 + ["step"] * 12 + ["checkpoint"] * 9
 """Of the kills: while the process starts, within a step (sampling, scoring, learning, logging), while it saves."""
 
@@ -48,7 +50,7 @@ def teacher_url(run: LoopThread, tmp_path_factory):
 def config(folder: Path, url: str) -> TrainConfig:
     """The rate rises by 1e-4 a step: above 1.25e-3 from step 13 on, so that step 14 is rolled back to 12, once."""
     model = build_toy_model(folder.parent / "student", hidden_size=32, num_layers=1)
-    rule = {"signal": "lr", "above": 1.25e-3, "for_steps": 2, "action": "roll_back", "lr_scale": 0.4}
+    rule = {"signal": "lr", "above": 1.25e-3, "for_steps": 2, "action": "roll_back", "lr_scale": 0.1}
     tables = {
         "steps": STEPS,
         "problems_per_step": 2,
@@ -79,7 +81,9 @@ def kill_once(config: TrainConfig, moment: str, random: Random) -> str:
     process = start_train(config)
     try:
         if moment == "start":
-            time.sleep(random.uniform(0, START_S))
+            due = began + random.uniform(0, START_S)
+            while time.time() < due and num_rows(run) == before:
+                time.sleep(0.0005)
         else:
             while process.is_alive() and not (
                 is_saving(run, began) if moment == "checkpoint" else num_rows(run) > before
