@@ -45,6 +45,7 @@ from teacher_server.engines.orphan import adopt_workers
 from teacher_server.engines.vllm_config import (
     CPU_BLOCK_SIZE,
     CPU_KV_CACHE_GIB,
+    CPU_MAX_BATCHED_TOKENS,
     MAX_BATCHED_TOKENS,
     MAX_TOP_K,
     OWNED_ARGS,
@@ -80,7 +81,7 @@ class VllmEngine:
         revision: str | None = None,
         dtype: str = "auto",
         max_context_tokens: int | None = None,
-        max_batched_tokens: int = MAX_BATCHED_TOKENS,
+        max_batched_tokens: int | None = None,
         tensor_parallel_size: int = 1,
         kv_cache_gib: float | None = None,
         max_adapters: int = 0,
@@ -95,7 +96,7 @@ class VllmEngine:
             model, revision: a folder or a hub name; remote code is never run.
             dtype: of weights and activations; "auto" is the model's own. Rows are computed in float32 always.
             max_context_tokens: context and completion together; None is the model's own.
-            max_batched_tokens: prompt tokens of one step.
+            max_batched_tokens: prompt tokens of one step; None is (CPU_)MAX_BATCHED_TOKENS.
             kv_cache_gib: memory for the KV cache in GiB; None lets vLLM fill the GPU, or is CPU_KV_CACHE_GIB on a CPU.
             max_adapters: LoRA adapters loaded at a time; 0 leaves LoRA out of the model.
             max_lora_rank: the largest rank; vLLM reserves memory for `max_adapters` of the next rank that it knows.
@@ -114,6 +115,8 @@ class VllmEngine:
             kv_cache_gib = CPU_KV_CACHE_GIB
         if weights_transfer == "nccl" and current_platform.is_cpu():
             raise ValueError('weights_transfer is "nccl", which needs GPUs, and this vLLM runs on the CPU; take "gloo"')
+        if max_batched_tokens is None:
+            max_batched_tokens = CPU_MAX_BATCHED_TOKENS if current_platform.is_cpu() else MAX_BATCHED_TOKENS
         args = AsyncEngineArgs(
             **{
                 "model": model,

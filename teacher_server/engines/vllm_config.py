@@ -33,6 +33,9 @@ MAX_TOP_K = 1024
 MAX_BATCHED_TOKENS = 8192
 """Prompt tokens of one step: longer prompts are prefilled in chunks."""
 
+CPU_MAX_BATCHED_TOKENS = 2048
+"""Likewise on a CPU, which such a step fills, and while the engine computes one, the replies of the last are sent."""
+
 CPU_KV_CACHE_GIB = 1.0
 """Small on purpose: vLLM's own default reserves most of a machine that the trainer may share."""
 
