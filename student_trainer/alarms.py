@@ -141,10 +141,10 @@ class _Streak:
     @property
     def _error(self) -> float:
         """The standard error of a mean, from the mean square of successive differences, twice the variance of a step,
-        into which a trend hardly enters (von Neumann 1941)."""
-        return (
-            math.sqrt(self.square_changes / (2 * self.num_changes * self.rule.for_steps)) if self.num_changes else 0.0
-        )
+        into which a trend hardly enters (von Neumann 1941); infinite while nothing has changed: no noise is known."""
+        if not self.square_changes:
+            return math.inf
+        return math.sqrt(self.square_changes / (2 * self.num_changes * self.rule.for_steps))
 
     @property
     def _is_of_means(self) -> bool:

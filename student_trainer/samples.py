@@ -31,7 +31,8 @@ def sample_rows(
                 "tokens": [str(tokenizer.decode([token_id])) for token_id in rollout.completion_ids.tolist()],
             }
         )
-    if rows and (teacher_logp_BT := collected.batch.rows(range(len(rows))).scored().teacher_logp_BT) is not None:
+    num_scored = min(len(rows), collected.batch.num_sequences)  # a batch without equal groups may be smaller, or empty
+    if num_scored and (teacher_logp_BT := collected.batch.rows(range(num_scored)).scored().teacher_logp_BT) is not None:
         for row, rollout, teacher_logp_T in zip(rows, collected.rollouts, teacher_logp_BT.numpy(), strict=False):
             advantage_T = teacher_logp_T[: len(rollout.logprobs)] - rollout.logprobs
             row["teacher_advantage"] = [round(float(nats), DECIMALS) for nats in advantage_T]

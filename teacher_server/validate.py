@@ -86,8 +86,9 @@ def check_score_item(item: ScoreItem, info: TeacherInfo) -> None:
     num_bytes = len(item.completion_ids) * (8 + 8 * item.top_k + 4 * num_candidates)
     if num_bytes > MAX_MESSAGE_BYTES:
         raise InvalidRequest(
-            f"the reply would have {num_bytes} bytes; the limit is {MAX_MESSAGE_BYTES}; ask for a smaller top_k",
-            field="top_k",
+            f"the reply would have {num_bytes} bytes; the limit is {MAX_MESSAGE_BYTES}; ask for a smaller top_k or "
+            "fewer candidates",
+            field="top_k" if 2 * item.top_k >= num_candidates else "candidate_ids",
         )
 
 

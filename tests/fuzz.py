@@ -66,10 +66,12 @@ def score_items(draw: st.DrawFn) -> pb.ScoreItem:
     """An item that is right, apart from privileged text beside a prompt of ids."""
     num_tokens, num_candidates = draw(st.integers(0, 5)), draw(st.integers(0, 2))
     ids = np.random.default_rng(draw(st.integers(0, 99))).integers(0, VOCAB_SIZE, (num_tokens, 1 + num_candidates))
+    # One row of candidates stands for every position.
+    candidates = ids[:1, 1:] if draw(st.booleans()) else ids[:, 1:]
     item = pb.ScoreItem(
         privileged=draw(PRIVILEGED),
         completion_ids=ids[:, 0].astype("<i4").tobytes(),
-        candidate_ids=ids[:, 1:].astype("<i4").tobytes(),
+        candidate_ids=candidates.astype("<i4").tobytes(),
         num_candidates=num_candidates,
         temperature=draw(st.floats(0.01, 10)),
         top_k=draw(st.integers(0, 8)),

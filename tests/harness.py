@@ -32,6 +32,9 @@ from teacher_server.tokenizer import ChatTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 WAIT_S = 120.0
 
+START_S = 240.0
+"""vLLM's start takes up to a minute on a CPU; on a busy machine several."""
+
 _T = TypeVar("_T")
 _Engine = TypeVar("_Engine", bound=Engine)
 
@@ -46,7 +49,12 @@ class LoopThread:
 
     def __call__(self, work: Coroutine[Any, Any, _T], timeout_s: float = WAIT_S) -> _T:
         """The coroutine's result; its exceptions are raised here."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(timeout_s)
+        except TimeoutError:
+            future.cancel()
+            raise
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -164,7 +172,7 @@ def server_of(run: LoopThread, model: Path, engine: str = "transformers", *, max
         own = await _start_engine(engine, model)
         return own, await start_server(core_over(own, model, max_items=max_items))
 
-    own, server = run(start())
+    own, server = run(start(), START_S)
     try:
         yield server
     finally:

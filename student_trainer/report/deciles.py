@@ -56,7 +56,7 @@ def describe(profile: Profile) -> str:
 def _profile(rows: Sequence[Row], label: str = "") -> Profile:
     keys = list(takewhile(lambda key: key in rows[0], (f"{PREFIX}{d}" for d in count())))
     value_SD = np.array([[row.get(key, np.nan) for key in keys] for row in rows], float)
-    # `monitor.decile_weights` gives exactly 0 where no completion had a token.
+    # `stages.watch.full_row` gives exactly 0 where no completion had a token.
     is_known_SD = np.isfinite(value_SD) & (value_SD != 0)
     num_known_D = is_known_SD.sum(0)
     sum_D = np.where(is_known_SD, value_SD, 0.0).sum(0)

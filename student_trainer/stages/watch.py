@@ -95,12 +95,21 @@ def _of_support(
 
 @torch.no_grad()
 def watch_full_vocabulary(model: PreTrainedModel, batch: Batch, temperature: float) -> Metrics:
-    """Exact divergences and entropies over the whole vocabulary, means over the tokens of `batch`.
+    """Exact divergences and entropies over the whole vocabulary, without dropout, means over the tokens of `batch`.
 
     Args:
         batch: with the teacher's log-probs of every id as its candidates.
         temperature: of both models' log-probs.
     """
+    was_training = model.training
+    model.eval()
+    try:
+        return _full_vocabulary(model, batch, temperature)
+    finally:
+        model.train(was_training)
+
+
+def _full_vocabulary(model: PreTrainedModel, batch: Batch, temperature: float) -> Metrics:
     metrics: Metrics = {}
     for one in batch.split(1):
         one = one.to(model.device)

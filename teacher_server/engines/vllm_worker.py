@@ -44,7 +44,8 @@ EXTRA_ARG = "score_rows"
 """The key of `SamplingParams.extra_args` that holds `rows.to_plain(task)`."""
 
 ROWS_PER_CHUNK = 256
-"""Rows through the LM head at a time: at 151,936 ids one float32 copy is 156 MB, and about three live at the peak."""
+"""Rows through the LM head at a time: at 151,936 ids one float32 copy is 156 MB, and about three live at the peak;
+five or six where `largest` sorts whole rows, which it does for a K of more than a 64th of them."""
 
 
 @dataclass

@@ -86,7 +86,8 @@ def assert_sound(item: ScoreItem | GenerateItem, outcome: ScoreResult | Generate
         verify.check_score(item, outcome)
         arrays = [outcome.sampled_logprobs, outcome.top_logprobs]
         if item.candidate_ids is not None:
-            arrays.append(outcome.candidate_logprobs[item.candidate_ids >= 0])
+            is_asked_TM = np.broadcast_to(item.candidate_ids >= 0, outcome.candidate_logprobs.shape)
+            arrays.append(outcome.candidate_logprobs[is_asked_TM])
     else:
         assert isinstance(outcome, GenerateResult)
         verify.check_generation(item, outcome)

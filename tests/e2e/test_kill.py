@@ -90,7 +90,9 @@ def kill_once(config: TrainConfig, moment: str, random: Random) -> str:
             ):
                 time.sleep(0.0005)
                 assert time.time() - began < 60
-            time.sleep(random.uniform(0, SAVE_S if moment == "checkpoint" else STEP_S))
+            due = time.time() + random.uniform(0, SAVE_S if moment == "checkpoint" else STEP_S)
+            while time.time() < due and num_rows(run) <= before + 2:
+                time.sleep(0.0005)
     finally:
         process.kill()
         process.join()

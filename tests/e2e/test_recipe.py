@@ -131,12 +131,14 @@ def serving(run: LoopThread, model: Path, folder: Path) -> Iterator[str]:
 def kill_after(recipe: Path, metrics: Path, step: int) -> None:
     process = start_command(recipe)
     deadline = time.monotonic() + 240
-    while not (metrics.exists() and any(row["step"] >= step for row in read_rows(metrics))):
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.kill()
-    process.join()
+    try:
+        while not (metrics.exists() and any(row["step"] >= step for row in read_rows(metrics))):
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.join()
     assert process.exitcode == -signal.SIGKILL
 
 

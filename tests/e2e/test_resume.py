@@ -64,8 +64,11 @@ def write_config(folder: Path, model: Path, stage: dict, **tables) -> Path:
 
 def finish(config: Path) -> None:
     process = start_train(load_config(config))
-    process.join(240)
-    assert process.exitcode == 0
+    try:
+        process.join(240)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
 
 
 def kill_after_step(config: Path, step: int) -> None:
@@ -73,12 +76,14 @@ def kill_after_step(config: Path, step: int) -> None:
     metrics = config.parent / "run" / "metrics.jsonl"
     process = start_train(load_config(config))
     deadline = time.monotonic() + 240
-    while not (metrics.exists() and any(row["step"] >= step for row in read_rows(metrics))):
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.kill()
-    process.join()
+    try:
+        while not (metrics.exists() and any(row["step"] >= step for row in read_rows(metrics))):
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.join()
     assert process.exitcode == -signal.SIGKILL
 
 

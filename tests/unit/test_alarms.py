@@ -165,6 +165,12 @@ def test_a_rise_in_standard_errors_is_of_means():
     )
 
 
+def test_a_signal_that_never_changed_has_no_noise_to_be_measured_by():
+    rule = {"signal": "x", "errors_above_lowest": 2.0}
+    assert sounded(Alarms(watch(rule)), [0, 0, 0, 0.1]) == []
+    assert sounded(Alarms(watch(rule)), [1, 2]) == []
+
+
 def test_a_mean_may_roll_back_to_before_its_first_step():
     rule = {"signal": "x", "errors_above_lowest": 2.0, "for_steps": 3, "action": "roll_back", "lr_scale": 0.5}
     alarms = Alarms(watch(rule))

@@ -12,6 +12,7 @@ from student_trainer.collate import completion_logits
 from student_trainer.config import ConfigError, parse_config
 from student_trainer.learner import Learner
 from student_trainer.losses import log_probs
+from student_trainer.samples import sample_rows
 from student_trainer.stages.actor import collate_written
 from student_trainer.stages.build import build_stage
 from student_trainer.stages.critic import Critic
@@ -94,6 +95,8 @@ def test_a_step_without_a_difference_changes_nothing_and_says_so(model):
     assert collected.metrics["draws"] == 3
     assert collected.metrics["sampled_tokens"] == sum(len(r.completion_ids) for r in collected.rollouts) > 0
     assert row == {"num_tokens": 0, "lr": 5e-3, "num_updates": 0, "skipped_steps": 0, "watch_s": 0}
+    logged = sample_rows(1, collected, collected.rewards, 2, student.tokenizer)
+    assert [line["text"] for line in logged] == [rollout.text for rollout in collected.rollouts[:2]]
     assert all(tensor.equal(before[name]) for name, tensor in student.model.state_dict().items())
 
 
