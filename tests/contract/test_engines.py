@@ -65,7 +65,7 @@ async def start_transformers(model_path: Path) -> Engine:
 START = {"transformers": start_transformers, "vllm": start_vllm}
 
 
-@pytest.fixture(scope="module", params=START)
+@pytest.fixture(scope="module", params=["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
 def engine(request: pytest.FixtureRequest, run: Run, model_path: Path) -> Iterator[Engine]:
     if request.param == "vllm":
         pytest.importorskip("vllm")
