@@ -46,6 +46,11 @@ class ChaosProxy:
         proxy.port = proxy._server.sockets[0].getsockname()[1]
         return proxy
 
+    @property
+    def num_done(self) -> tuple[int, int, int]:
+        """Flipped, cut, delayed: what it has done."""
+        return self.num_flipped, self.num_cut, self.num_delayed
+
     async def move(self, target_port: int) -> None:
         """Forwards to another port from now on; every connection ends, as when a server is replaced."""
         self._target_port = target_port
