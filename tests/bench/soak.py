@@ -33,7 +33,7 @@ from rich.table import Table
 
 from protos.client import Teacher, connect
 from protos.errors import DeadlineExceeded, InvalidRequest
-from protos.records import GenerateItem, ScoreItem
+from protos.records import GenerateItem, ScoreItem, ScoreResult
 from tests.server_process import ANY_PORTS, ServerProcess
 from tests.tiny_model import VOCAB_SIZE, build_tiny_qwen3
 
@@ -81,6 +81,11 @@ class Tally:
     def done(self) -> bool:
         return self.items >= self.target
 
+    def count(self, results: list[ScoreResult]) -> None:
+        """Adds what was scored. (`items += len(await …)` reads `items` before it waits, and would lose all that other
+        clients add meanwhile.)"""
+        self.items += len(results)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -117,13 +122,13 @@ async def client(url: str, seed: int, tally: Tally) -> None:
             )
             match kind:
                 case "score":
-                    tally.items += len(await teacher.score(items, timeout_s=PATIENCE_S))
+                    tally.count(await teacher.score(items, timeout_s=PATIENCE_S))
                 case "alone":
                     async with connect(url) as other:
-                        tally.items += len(await other.score(items, timeout_s=PATIENCE_S))
+                        tally.count(await other.score(items, timeout_s=PATIENCE_S))
                 case "deadline":
                     try:
-                        tally.items += len(await teacher.score(items, timeout_s=rng.uniform(0.001, 0.05)))
+                        tally.count(await teacher.score(items, timeout_s=rng.uniform(0.001, 0.05)))
                     except DeadlineExceeded:
                         tally.outcomes["deadline passed"] += 1
                 case "gives up":
@@ -141,7 +146,7 @@ async def client(url: str, seed: int, tally: Tally) -> None:
                     first = again if first is None else first
                     drift = np.abs(again.sampled_logprobs - first.sampled_logprobs).max()
                     tally.drift = max(tally.drift, float(drift))
-                    tally.items += 1
+                    tally.count([again])
             tally.outcomes[str(kind)] += 1
 
 
@@ -150,7 +155,7 @@ async def give_up(teacher: Teacher, items: list[ScoreItem], seconds: float, tall
     asking = asyncio.create_task(teacher.score(items))
     done, _ = await asyncio.wait((asking,), timeout=seconds)
     if done:
-        tally.items += len(asking.result())
+        tally.count(asking.result())
         return
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
