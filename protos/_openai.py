@@ -134,7 +134,7 @@ class OpenAITeacher(Teacher):
     async def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
         """See TeacherService; refused whole where a stock server cannot give exactly what an item asks."""
         replies = self._stream(request, check_score_item, self._score, timeout_s)
-        async with aclosing(replies), aclosing(verify.each_once(replies, request.items, verify.check_score)) as checked:
+        async with aclosing(verify.each_once(replies, request.items, verify.check_score)) as checked:
             async for reply in checked:
                 yield reply
 
@@ -144,10 +144,7 @@ class OpenAITeacher(Teacher):
         A sample's `text` is the server's: decoded as the prompt's continuation, it may lack a character cut at an end.
         """
         replies = self._stream(request, check_generate_item, self._generate, timeout_s)
-        async with (
-            aclosing(replies),
-            aclosing(verify.each_once(replies, request.items, verify.check_generation)) as checked,
-        ):
+        async with aclosing(verify.each_once(replies, request.items, verify.check_generation)) as checked:
             async for reply in checked:
                 yield reply
 

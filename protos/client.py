@@ -154,7 +154,7 @@ class RemoteTeacher(Teacher):
     async def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
         """See TeacherService; every result is checked against its item (protos.verify)."""
         replies = self._replies(SCORE, codec.encode_score_request(request), codec.decode_score_reply, timeout_s)
-        async with aclosing(replies), aclosing(verify.each_once(replies, request.items, verify.check_score)) as checked:
+        async with aclosing(verify.each_once(replies, request.items, verify.check_score)) as checked:
             async for reply in checked:
                 yield reply
 
@@ -162,10 +162,7 @@ class RemoteTeacher(Teacher):
         """See TeacherService; every result is checked against its item (protos.verify)."""
         body = codec.encode_generate_request(request)
         replies = self._replies(GENERATE, body, codec.decode_generate_reply, timeout_s)
-        async with (
-            aclosing(replies),
-            aclosing(verify.each_once(replies, request.items, verify.check_generation)) as checked,
-        ):
+        async with aclosing(verify.each_once(replies, request.items, verify.check_generation)) as checked:
             async for reply in checked:
                 yield reply
 

@@ -6,7 +6,7 @@ A wrong answer is a Corrupted error that says what is wrong: nothing unchecked r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -52,24 +52,28 @@ def check_num_items(num_items: int, max_items: int) -> None:
 
 
 async def each_once(
-    replies: AsyncIterator[tuple[int, _Result | TeacherError]],
+    replies: AsyncGenerator[tuple[int, _Result | TeacherError], None],
     items: Sequence[_Item],
     check: Callable[[_Item, _Result], None],
 ) -> AsyncGenerator[tuple[int, _Result | TeacherError], None]:
-    """Passes the replies on, checked; raises Corrupted on one that is wrong, unasked, repeated or missing."""
+    """Passes the replies on, checked; raises Corrupted on one that is wrong, unasked, repeated or missing.
+
+    It closes the stream.
+    """
     missing = set(range(len(items)))
-    async for index, outcome in replies:
-        if index not in missing:
-            raise Corrupted(
-                f"the reply to items[{index}] was not asked for or came twice; {len(items)} items were sent"
-            )
-        missing.remove(index)
-        if not isinstance(outcome, TeacherError):
-            try:
-                check(items[index], outcome)
-            except Corrupted as error:
-                raise Corrupted(error.message, field=f"items[{index}]") from None
-        yield index, outcome
+    async with aclosing(replies):
+        async for index, outcome in replies:
+            if index not in missing:
+                raise Corrupted(
+                    f"the reply to items[{index}] was not asked for or came twice; {len(items)} items were sent"
+                )
+            missing.remove(index)
+            if not isinstance(outcome, TeacherError):
+                try:
+                    check(items[index], outcome)
+                except Corrupted as error:
+                    raise Corrupted(error.message, field=f"items[{index}]") from None
+            yield index, outcome
     if missing:
         raise Corrupted(f"no reply to items {sorted(missing)} of the {len(items)} sent")
 
