@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
 
 from student_trainer.config import ConfigError
 from student_trainer.probes.collection import BudgetSpent, Collection
@@ -20,7 +16,7 @@ from student_trainer.probes.folder import ProbeFolder
 from student_trainer.probes.remote import RemoteModel
 from student_trainer.probes.settings import ProbeSettings
 from student_trainer.probes.students import ProbedStudent, open_student
-from student_trainer.progress import LINE_EVERY_S
+from student_trainer.progress import Counter
 from student_trainer.run_folder import Row
 from student_trainer.tasks import Problem, Task, build_task
 from student_trainer.teacher_identity import TeacherIdentity
@@ -179,48 +175,11 @@ def _identity(probe: Probe, subjects: Subjects) -> dict[str, Any]:
 def _collect(probe: Probe, problems: Sequence[Problem], collection: Collection) -> None:
     """Problem by problem, a batch at a time, so that what a budget or a failure cuts short is whole as far as it is."""
     size = collection.batch_size if collection.max_tokens is None else min(BUDGETED_BATCH, collection.batch_size)
-    with _Progress(probe.name, len(problems)) as progress:
+    with Counter(f"probe {probe.name}", "problem", len(problems), start=0) as counter:
         for start in range(0, len(problems), size):
             batch = problems[start : start + size]
             try:
                 probe.collect(batch, collection)
             except BudgetSpent:
                 return
-            progress.advance(len(batch), collection.folder.num_tokens)
-
-
-class _Progress:
-    """A bar on a terminal, a line now and then in a log; on standard error."""
-
-    def __init__(self, title: str, num_problems: int) -> None:
-        self._console = Console(file=sys.stderr)
-        self._title, self._num_problems, self._num_done = title, num_problems, 0
-        self._last_line_s = -LINE_EVERY_S
-        self._bar = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task(f"probe {title}", total=num_problems, note="")
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def advance(self, num_problems: int, num_tokens: int) -> None:
-        """So many problems are done, and so many tokens in all."""
-        self._num_done += num_problems
-        note = f"{num_tokens:,} tokens"
-        self._bar.update(self._task, advance=num_problems, note=note)
-        is_last = self._num_done == self._num_problems
-        if not self._console.is_terminal and (is_last or time.monotonic() - self._last_line_s >= LINE_EVERY_S):
-            self._last_line_s = time.monotonic()
-            line = f"probe {self._title}: problem {self._num_done}/{self._num_problems}  {note}"
-            self._console.print(line, highlight=False, soft_wrap=True)
+            counter.advance(len(batch), f"{collection.folder.num_tokens:,} tokens")
