@@ -6,7 +6,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -55,6 +55,15 @@ class LoopThread:
         except TimeoutError:
             future.cancel()
             raise
+
+    @contextmanager
+    def entered(self, context: AbstractAsyncContextManager[_T]) -> Iterator[_T]:
+        """What the context gives, entered and left in this loop."""
+        value = self(context.__aenter__(), START_S)
+        try:
+            yield value
+        finally:
+            self(context.__aexit__(None, None, None))
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

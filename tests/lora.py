@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+
+from tests.reference import plain_model
 
 EVERY_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -26,18 +26,6 @@ def build_adapter(
     return path
 
 
-def plain_model(model: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
-
-
 def merged_model(model: Path, adapter: Path) -> Any:
     """The model with B A · alpha / r added to its own weights."""
     return PeftModel.from_pretrained(plain_model(model), str(adapter)).merge_and_unload().eval()
-
-
-def sampled_logprobs(model: Any, context_ids: np.ndarray, completion_ids: np.ndarray) -> np.ndarray:
-    """float32 [T]: log_softmax(logits)[id] of each completion id, from one plain forward."""
-    with torch.no_grad():
-        logits_NV = model(torch.tensor([[*context_ids, *completion_ids]])).logits[0]
-    rows_TV = torch.log_softmax(logits_NV[len(context_ids) - 1 : -1], -1).numpy()
-    return rows_TV[np.arange(len(completion_ids)), completion_ids]

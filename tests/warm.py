@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from student_trainer.config import TrainConfig
+from student_trainer.run_folder import read_rows
+
+STEP_WITHIN_S = 240.0
+"""From a start to any step that a test waits for; a hundredth of it where the machine is free."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["__main__", "student_trainer.loop", "protos._http", "tests.warm"])
@@ -36,6 +42,32 @@ def start_command(config: Path) -> ForkServerProcess:
 def start_server(log: Path, *arguments: str) -> ForkServerProcess:
     """`teacher-server serve ARGUMENTS`, whose output is added to `log`."""
     return start(_serve, log, *arguments)
+
+
+def last_step(run: Path) -> int:
+    """The last whose metrics are on disk; -1 before the first."""
+    metrics = run / "metrics.jsonl"
+    rows = read_rows(metrics) if metrics.exists() else []
+    return rows[-1]["step"] if rows else -1
+
+
+def wait_for_step(process: ForkServerProcess, run: Path, step: int) -> None:
+    """Until that step's metrics are on disk; fails where the process ends before."""
+    deadline = time.monotonic() + STEP_WITHIN_S
+    while last_step(run) < step:
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def kill_after_step(process: ForkServerProcess, run: Path, step: int) -> None:
+    """SIGKILL as soon as that step's metrics are on disk."""
+    try:
+        wait_for_step(process, run, step)
+    finally:
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def _in_environment(environment: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -1,6 +1,6 @@
 """LoRA adapters inside vLLM: where they may sit, and their low-rank products on a CPU.
 
-Relied on in vLLM 0.32.0 (pinned by tests/contract/test_vllm_seams.py): every LoRA linear layer calls its Punica
+Relied on in vLLM 0.32.0 (pinned by tests/contract/test_vllm_seams_weights.py): every LoRA linear layer calls its Punica
 wrapper's `add_lora_linear`, whose `token_lora_indices` name the slot of each token, -1 for none.
 """
 

@@ -4,7 +4,7 @@ Between GPUs the engine is vLLM's own, `nccl`. `gloo` is the same engine over a 
 notice a sender that is gone. Ranks meet over raw bytes alone: vLLM's other way to meet for nccl, a TCP store, unpickles
 what the sender puts there (StatelessProcessGroup.broadcast_obj).
 
-What it relies on in vLLM 0.32.0 is pinned by tests/contract/test_vllm_seams.py.
+What it relies on in vLLM 0.32.0 is pinned by tests/contract/test_vllm_seams_weights.py.
 """
 
 from __future__ import annotations

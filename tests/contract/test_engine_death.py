@@ -1,4 +1,4 @@
-"""vLLM's process killed, frozen, and outlived: a real server process each time, seen through both transports."""
+"""vLLM's process killed, frozen, and outlived: under a real server process, seen through both transports, and alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -19,8 +20,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos.client import Teacher, connect
 from protos.errors import DeadlineExceeded, EngineFailed, NotReady
 from protos.records import GenerateItem, ScoreItem
-from tests.harness import LoopThread, until
+from teacher_server.engines.base import EngineDeadError
+from tests.engine_tasks import generate_task, score_task
+from tests.harness import START_S, LoopThread, until
 from tests.server_process import TINY_VLLM, ServerProcess
+from tests.tiny_model import build_tiny_qwen3
 
 pytestmark = pytest.mark.slow
 
@@ -148,3 +152,27 @@ def test_no_engine_outlives_its_server(tiny_model: Path, tmp_path: Path) -> None
         os.kill(process.process.pid, signal.SIGKILL)
         process.process.wait()
         engine.wait(END_S)  # raises TimeoutExpired
+
+
+def test_a_killed_vllm_is_dead(run: LoopThread, tmp_path: Path) -> None:
+    """The engine's process is gone from one moment to the next: no call waits for it."""
+    from teacher_server.engines.vllm import VllmEngine
+
+    model = build_tiny_qwen3(tmp_path, max_context_tokens=640)
+
+    async def kill_at_work() -> None:
+        engine = await VllmEngine.create(str(model), dtype="float32", kv_cache_gib=0.25)
+        calls = [
+            asyncio.create_task(engine.generate(generate_task(score_task(i, 40, 1).context_ids, max_new_tokens=600)))
+            for i in range(4)
+        ]
+        await engine.score(score_task(18, 10, 10))
+        (process,) = cast("Any", engine)._llm.engine_core.resources.engine_manager.processes
+        process.kill()
+        outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), timeout=30)
+        assert [type(outcome) for outcome in outcomes] == [EngineDeadError] * 4
+        with pytest.raises(EngineDeadError):
+            await engine.score(score_task(18, 10, 10))
+        await engine.close()
+
+    run(kill_at_work(), START_S)

@@ -60,12 +60,9 @@ def started(run: LoopThread, model: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with ExitStack() as stack:
 
         def start() -> Server:
-            spool = tmp_path / f"spool-{len(list(tmp_path.glob('spool-*')))}"
-            spool.mkdir()
-            context = taking_weights(model, spool)
-            server = run(context.__aenter__())
-            stack.callback(lambda: run(context.__aexit__(None, None, None)))
-            return server
+            folder = tmp_path / f"server-{len(list(tmp_path.glob('server-*')))}"
+            folder.mkdir()
+            return stack.enter_context(run.entered(taking_weights(model, folder)))
 
         yield start
 

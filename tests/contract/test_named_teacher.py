@@ -14,9 +14,10 @@ from student_trainer.scoring import Scorer, Wanted
 from student_trainer.teacher_identity import TeacherIdentity
 from teacher_server.engines.transformers import TransformersEngine
 from tests.contract.test_scorer import rollout
-from tests.contract.test_weights import ATOL, SECRET, serving_weights
 from tests.harness import LoopThread
-from tests.lora import build_adapter, merged_model, plain_model, sampled_logprobs
+from tests.lora import build_adapter, merged_model
+from tests.reference import plain_model, sampled_logprobs
+from tests.taking_weights import ATOL, SECRET, serving_weights
 
 
 @pytest.fixture

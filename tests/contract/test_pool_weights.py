@@ -13,8 +13,8 @@ from protos.errors import Conflict, NotReady
 from protos.pool import PoolOptions, TeacherPool
 from protos.records import ScoreItem, ScoreRequest
 from teacher_server.engines.transformers import TransformersEngine
-from tests.contract.test_weights import SECRET, serving_weights, stream_model
 from tests.harness import LoopThread, until
+from tests.taking_weights import SECRET, serving_weights, stream_model
 from tests.tiny_model import build_tiny_qwen3
 
 ITEMS = tuple(ScoreItem(np.array([1, i + 1], np.int32), np.array([7, 8], np.int32)) for i in range(4))

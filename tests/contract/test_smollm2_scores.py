@@ -1,4 +1,4 @@
-"""Scores of a real model, from real servers, against a float32 log_softmax(logits / T) computed here."""
+"""Scores of a real model, from real servers, against log_softmax(logits / T) of a float32 forward here."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from protos.records import Chat, Message, ScoreItem, ScoreResult, SystemText
 from tests.harness import LoopThread, Server, server_of
+from tests.reference import logprobs_TV, plain_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -29,9 +29,9 @@ class Reference:
     """The model and its tokenizer, in this process."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = plain_model(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.completion = np.array(self.tokenizer(ANSWER).input_ids, np.int32)
 
@@ -41,11 +41,7 @@ class Reference:
         return np.array(self.tokenizer(text, add_special_tokens=False).input_ids, np.int32)
 
     def rows(self, context: np.ndarray, temperature: float) -> np.ndarray:
-        """float32 [T, V]; position C - 1 + t predicts completion token t."""
-        ids = torch.from_numpy(np.concatenate([context, self.completion]).astype(np.int64))[None]
-        with torch.inference_mode():
-            logits = self.model(ids).logits[0, len(context) - 1 : -1]
-        return (logits / temperature).log_softmax(-1).numpy()
+        return logprobs_TV(self.model, context, self.completion, temperature)
 
 
 @pytest.fixture(scope="module")

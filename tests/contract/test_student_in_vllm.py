@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,9 @@ from student_trainer.stages import build_stage
 from student_trainer.student import load_student
 from student_trainer.study.toy import build_toy_model
 from student_trainer.tasks import build_task
-from teacher_server.engines.transformers import TransformersEngine
 from tests.contract.test_moving_teacher import CLEARLY, DECAY, config_of, running, said_by, told_nothing
-from tests.contract.test_weights import SECRET, serving_weights
-from tests.harness import LoopThread, Server, core_over, start_server
+from tests.harness import LoopThread, Server, server_of
+from tests.taking_weights import SECRET, serving_weights
 
 if TYPE_CHECKING:
     from teacher_server.engines.vllm import VllmEngine
@@ -50,9 +50,8 @@ def served(
     run: LoopThread, engine: VllmEngine, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """One server for the file; each test goes on from the version that the one before left."""
-    context = serving_weights(engine, model, tmp_path_factory.mktemp("server"))
-    yield run(context.__aenter__()).server
-    run(context.__aexit__(None, None, None))
+    with run.entered(serving_weights(engine, model, tmp_path_factory.mktemp("server"))) as served:
+        yield served.server
 
 
 @pytest.fixture(autouse=True)
@@ -73,39 +72,30 @@ def test_rollouts_of_two_steps_are_those_of_the_weights_of_now(
 ) -> None:
     """Another server teaches; the one that writes has a version more after each step."""
     other = build_toy_model(tmp_path / "teacher", hidden_size=32, num_layers=1, seed=1)
-    engine = TransformersEngine(str(other))
-
-    async def start() -> Server:
-        return await start_server(core_over(engine, other))
-
-    teacher = run(start())
-    tables = config_of(model, teacher.url("grpc"), tmp_path / "run").model_dump(exclude_none=True)
-    tables["stage"] = {"kind": "opd", "loss": {"top_k": 5}}
-    tables["rollout"]["url"] = served.url("grpc")
-    config = parse_config(tables)
-    (tmp_path / "run").mkdir()
-    student, first = load_student(config.model), load_student(config.model)
-    stage = build_stage(config, student, build_task(config.task))
-    learner = Learner.build(student, config)
-    before = version_of(run, served)
-    try:
-        for step in range(2):
-            collected = stage.collect(step)
-            assert version_of(run, served) == before + step + 1
-            batch = collected.batch
-            assert batch.sampled_logp_BT is not None
-            now, start_of_run = (
-                said_by(each.model, collected).gather(-1, batch.completion_ids_BT[..., None])[..., 0][batch.mask_BT]
-                for each in (student, first)
-            )
-            sampled = batch.sampled_logp_BT[batch.mask_BT]
-            np.testing.assert_allclose(sampled, now, rtol=0, atol=ATOL)
-            assert step == 0 or (sampled - start_of_run).abs().max() > CLEARLY
-            learner.step(stage, collected)
-    finally:
-        stage.close()
-        run(teacher.stop())
-        run(engine.close())
+    with server_of(run, other) as teacher:
+        tables = config_of(model, teacher.url("grpc"), tmp_path / "run").model_dump(exclude_none=True)
+        tables["stage"] = {"kind": "opd", "loss": {"top_k": 5}}
+        tables["rollout"]["url"] = served.url("grpc")
+        config = parse_config(tables)
+        (tmp_path / "run").mkdir()
+        student, first = load_student(config.model), load_student(config.model)
+        stage = build_stage(config, student, build_task(config.task))
+        learner = Learner.build(student, config)
+        before = version_of(run, served)
+        with closing(stage):
+            for step in range(2):
+                collected = stage.collect(step)
+                assert version_of(run, served) == before + step + 1
+                batch = collected.batch
+                assert batch.sampled_logp_BT is not None
+                now, start_of_run = (
+                    said_by(each.model, collected).gather(-1, batch.completion_ids_BT[..., None])[..., 0][batch.mask_BT]
+                    for each in (student, first)
+                )
+                sampled = batch.sampled_logp_BT[batch.mask_BT]
+                np.testing.assert_allclose(sampled, now, rtol=0, atol=ATOL)
+                assert step == 0 or (sampled - start_of_run).abs().max() > CLEARLY
+                learner.step(stage, collected)
 
 
 @pytest.mark.parametrize("stage", [{"teacher": "live"}, {"teacher": "ema", "ema_decay": DECAY}], ids=["live", "ema"])

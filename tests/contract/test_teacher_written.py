@@ -29,8 +29,7 @@ from student_trainer.student import load_student
 from student_trainer.study.toy import build_toy_model
 from student_trainer.tasks import build_task
 from student_trainer.text import render_prompt
-from teacher_server.engines.transformers import TransformersEngine
-from tests.harness import LoopThread, Server, core_over, start_server
+from tests.harness import LoopThread, served
 
 TEMPERATURE = 0.8
 STEPS = 6
@@ -48,12 +47,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def teacher(run: LoopThread, models: dict[str, Path]) -> Iterator[str]:
-    async def start() -> Server:
-        return await start_server(core_over(TransformersEngine(str(models["teacher"])), models["teacher"]))
-
-    server = run(start())
-    yield server.url("grpc")
-    run(server.stop())
+    with served(run, models["teacher"]) as url:
+        yield url
 
 
 def config_of(folder: Path, student: Path, url: str, stage: dict[str, Any], **tables: Any) -> TrainConfig:

@@ -20,8 +20,7 @@ from student_trainer.seeds import TRACES, derive_seed
 from student_trainer.study.toy import build_toy_model
 from student_trainer.tasks import JsonlTask, Problem, SplitTask, build_task
 from student_trainer.traces import KEPT_FILE, REJECTED_FILE, teacher_traces
-from teacher_server.engines.transformers import TransformersEngine
-from tests.harness import LoopThread, Server, core_over, start_server
+from tests.harness import LoopThread, served
 
 PROBLEMS = [Problem(f"p{n}", (Message("user", f"{n}+{n + 1}"),), str(2 * n + 1)) for n in range(40)]
 FIRST_IS_DIGIT = SplitTask(
@@ -43,13 +42,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(run: LoopThread, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     model = build_toy_model(tmp_path_factory.mktemp("teacher"), hidden_size=32, num_layers=1, seed=1)
-
-    async def start() -> Server:
-        return await start_server(core_over(TransformersEngine(str(model)), model))
-
-    server = run(start())
-    yield server.url("grpc")
-    run(server.stop())
+    with served(run, model) as url:
+        yield url
 
 
 def config_of(folder: Path, model: Path, url: str | None, **traces: Any) -> TrainConfig:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,20 @@ from safetensors.torch import load_file
 
 from protos.client import Teacher, connect, read_chunks
 from protos.errors import Conflict, DeadlineExceeded, EngineFailed, InvalidRequest, PermissionDenied, TeacherError
-from protos.records import ScoreItem, ServedTeacher, TransferredTensor, WeightsTransfer, WeightsUpdate
+from protos.records import ServedTeacher, TransferredTensor, WeightsTransfer, WeightsUpdate
 from student_trainer.client_thread import ClientThread
 from student_trainer.config import ConfigError
 from student_trainer.weights_sync import WeightsSync
 from student_trainer.weights_transfer import TENSOR_NAMES, transfer
-from teacher_server import auth, weights
+from teacher_server import weights
 from teacher_server.config import ServeConfig
-from teacher_server.core import TeacherCore
-from teacher_server.engines.base import Adapter, EngineInfo, WeightsEngine
+from teacher_server.engines.base import EngineInfo, WeightsEngine
 from teacher_server.served_model import ServedModel
-from teacher_server.teachers import Teachers
 from teacher_server.transfer import check_transfer
-from teacher_server.weights import WeightsAdmin
-from tests.harness import EngineOver, LoopThread, Server, core_over, start_server
-from tests.lora import plain_model
+from tests.harness import LoopThread
+from tests.reference import plain_model
+from tests.taking_weights import ITEM, SECRET, WeightsEngineOver, serving_weights
 from tests.tiny_model import build_tiny_qwen3
-
-SECRET = "of-whoever-changes-weights"
-ACCESS = auth.Access((auth.Token("operator", auth.sha256_of(SECRET), frozenset(auth.SCOPES)),))
-ITEM = ScoreItem(np.arange(40, 140, dtype=np.int32), np.arange(200, 230, dtype=np.int32))
 
 Weights = dict[str, torch.Tensor]
 
@@ -59,38 +52,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     folder = tmp_path_factory.mktemp("models")
     (folder / "other").mkdir()
     return Models(build_tiny_qwen3(folder, tied=True), build_tiny_qwen3(folder / "other", seed=7, tied=True))
-
-
-@dataclass
-class Served:
-    server: Server
-    core: TeacherCore
-    admin: WeightsAdmin
-    spool: Path
-
-    def folders(self) -> set[Path]:
-        return set(self.spool.iterdir())
-
-    def connect(self, scheme: str) -> Teacher:
-        return self.server.connect(scheme, token=SECRET)
-
-
-@asynccontextmanager
-async def serving(engine: WeightsEngine, model: Path, spool: Path) -> AsyncGenerator[Served, None]:
-    teachers = Teachers(("base",))
-    core = core_over(engine, model, teachers=teachers)
-    admin = WeightsAdmin(
-        engine, teachers, ServedModel.find(str(model), None), spool=spool, max_adapters=1, died=core.dead.set
-    )
-    server = await start_server(None, access=ACCESS)
-    server.gate.open(core, admin=admin)
-    await server.listeners.set_ready(True)
-    try:
-        yield Served(server, core, admin, spool)
-    finally:
-        await server.stop()
-        await admin.close()
-        core.close()
 
 
 async def rows(teacher: Teacher) -> np.ndarray:
@@ -124,7 +85,7 @@ def test_transferred_weights_are_those_that_are_streamed(
         engine = await vllm_engine.VllmEngine.create(
             str(models.base), dtype="float32", kv_cache_gib=0.25, max_adapters=1, weights_transfer="gloo"
         )
-        async with serving(engine, models.base, tmp_path) as served, served.connect("grpc") as teacher:
+        async with serving_weights(engine, models.base, tmp_path) as served, served.connect("grpc") as teacher:
             info = await teacher.info()
             assert (info.weights_transfer, info.num_workers) == ("gloo", 1)
             of_base = await rows(teacher)
@@ -205,7 +166,7 @@ def standing_still(whole: Weights, num_tensors: int) -> Mapping[str, torch.Tenso
     return Still(whole)
 
 
-class Receiving(EngineOver[WeightsEngine]):
+class Receiving(WeightsEngineOver):
     """A real engine that says it takes transfers, and then waits for their senders for ever, as nccl does."""
 
     backend = "gloo"
@@ -214,15 +175,6 @@ class Receiving(EngineOver[WeightsEngine]):
     @property
     def info(self) -> EngineInfo:
         return replace(self.inner.info, weights_transfer=self.backend)
-
-    async def load_weights(self, files: Sequence[Path]) -> None:
-        await self.inner.load_weights(files)
-
-    async def load_adapter(self, adapter: Adapter) -> None:
-        await self.inner.load_adapter(adapter)
-
-    async def unload_adapter(self, adapter: Adapter) -> None:
-        await self.inner.unload_adapter(adapter)
 
     async def receive_weights(self, transfer: WeightsTransfer, timeout_s: float) -> None:
         await asyncio.Event().wait()
@@ -246,7 +198,7 @@ def test_a_server_without_transfers_says_so(
 ) -> None:
     async def scenario() -> None:
         base, _ = models.weights
-        async with serving(plain_engine, models.base, tmp_path) as served, served.connect(scheme) as teacher:
+        async with serving_weights(plain_engine, models.base, tmp_path) as served, served.connect(scheme) as teacher:
             with pytest.raises(PermissionDenied) as caught:
                 await teacher.update_weights(update_of("127.0.0.1:1", base, 1))
             assert caught.value.field == "transfer"
@@ -284,7 +236,7 @@ def test_a_wrong_transfer_is_one_clear_error(
         assert right.transfer is not None
         wrong = replace(right, transfer=replace(right.transfer, **of_transfer), **of_update)
         async with (
-            serving(Receiving(plain_engine), models.base, tmp_path) as served,
+            serving_weights(Receiving(plain_engine), models.base, tmp_path) as served,
             served.connect(scheme) as teacher,
         ):
             with pytest.raises(TeacherError) as caught:
@@ -302,7 +254,7 @@ def test_bytes_and_a_transfer_are_two_sources(
     async def scenario() -> None:
         update = update_of("127.0.0.1:9", models.weights[0], 1)
         async with (
-            serving(Receiving(plain_engine), models.base, tmp_path) as served,
+            serving_weights(Receiving(plain_engine), models.base, tmp_path) as served,
             served.connect(scheme) as teacher,
         ):
             with pytest.raises(InvalidRequest, match="bytes follow although a transfer is given"):
@@ -319,7 +271,7 @@ def test_an_engine_that_waits_for_ever_is_closed(
 
     async def scenario() -> None:
         engine = Receiving(plain_engine)
-        async with serving(engine, models.base, tmp_path) as served, served.connect("grpc") as teacher:
+        async with serving_weights(engine, models.base, tmp_path) as served, served.connect("grpc") as teacher:
             with pytest.raises(DeadlineExceeded):
                 await teacher.update_weights(update_of("127.0.0.1:9", models.weights[0], 1), timeout_s=0.3)
             async with asyncio.timeout(5):
@@ -361,7 +313,7 @@ def test_a_trainer_without_nccl_says_what_to_install(
     async def scenario() -> None:
         engine = Receiving(plain_engine)
         engine.backend = "nccl"
-        async with serving(engine, models.base, tmp_path) as served, served.connect("grpc") as teacher:
+        async with serving_weights(engine, models.base, tmp_path) as served, served.connect("grpc") as teacher:
             with pytest.raises(ConfigError, match=r'over nccl, which needs vLLM and a GPU .* weights_by to "stream"$'):
                 await transfer(teacher, WeightsUpdate("base", 1), models.weights[0], 60)
 
@@ -397,7 +349,7 @@ def test_weights_go_from_gpu_to_gpu(
         engine = await vllm_engine.VllmEngine.create(
             str(models.base), dtype="float32", kv_cache_gib=0.25, weights_transfer="nccl"
         )
-        async with serving(engine, models.base, tmp_path) as served, served.connect("grpc") as teacher:
+        async with serving_weights(engine, models.base, tmp_path) as served, served.connect("grpc") as teacher:
             await teacher.update_weights(WeightsUpdate("base", 1), read_chunks(models.other / "model.safetensors"))
             of_other = await rows(teacher)
             await transfer(teacher, WeightsUpdate("base", 2), base, 60)

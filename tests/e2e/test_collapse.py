@@ -9,8 +9,7 @@ import pytest
 
 from student_trainer.run_folder import read_rows
 from student_trainer.study.collapse import BIASED, ROLLING_BACK, STABLE, WARNING, Collapse, Sizes
-from teacher_server.engines.transformers import TransformersEngine
-from tests.harness import LoopThread, Server, core_over, start_server
+from tests.harness import LoopThread, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:biased_reverse_kl is for study:UserWarning")]
 
@@ -24,15 +23,8 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Collapse:
 @pytest.fixture(scope="module")
 def student_and_url(run: LoopThread, experiment: Collapse) -> Iterator[tuple[Path, str]]:
     teacher, student = experiment.teacher_and_student()
-    engine = TransformersEngine(str(teacher))
-
-    async def start() -> Server:
-        return await start_server(core_over(engine, teacher))
-
-    server = run(start())
-    yield student, server.url("grpc")
-    run(server.stop())
-    run(engine.close())
+    with served(run, teacher) as url:
+        yield student, url
 
 
 def test_on_the_stop_gradient_loss_no_default_rule_sounds(

@@ -26,8 +26,7 @@ from student_trainer.recipe import run_plan
 from student_trainer.run_folder import read_rows
 from student_trainer.student import load_student
 from student_trainer.study.toy import build_toy_model, toy_tokenizer
-from teacher_server.engines.transformers import TransformersEngine
-from tests.harness import LoopThread, core_over, start_server
+from tests.harness import LoopThread, served
 from tests.taking_weights import SECRET, taking_weights
 from tests.toy_run import toy_run, write_toy_run
 
@@ -97,24 +96,17 @@ def untied(model: Path, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def student_url(run: LoopThread, untied: Path, tmp_path_factory):
     """Of a server of the student's model, which takes weights."""
-    context = taking_weights(untied, tmp_path_factory.mktemp("spool"))
-    server = run(context.__aenter__())
-    with pytest.MonkeyPatch.context() as patch:
+    context = taking_weights(untied, tmp_path_factory.mktemp("server"))
+    with pytest.MonkeyPatch.context() as patch, run.entered(context) as server:
         patch.setenv("TEACHER_TOKEN", SECRET)
         yield server.url("grpc")
-    run(context.__aexit__(None, None, None))
 
 
 @pytest.fixture(scope="module")
 def teacher_url(run: LoopThread, tmp_path_factory):
     model = build_toy_model(tmp_path_factory.mktemp("teacher"), hidden_size=32, num_layers=1, seed=1)
-
-    async def start():
-        return await start_server(core_over(TransformersEngine(str(model)), model))
-
-    server = run(start())
-    yield server.url("grpc")
-    run(server.stop())
+    with served(run, model) as url:
+        yield url
 
 
 def write_config(folder: Path, model_path: Path, **changes) -> Path:

@@ -14,8 +14,7 @@ from student_trainer import checkpoint
 from student_trainer.config import TrainConfig, parse_config
 from student_trainer.run_folder import read_rows
 from student_trainer.study.toy import build_toy_model
-from teacher_server.engines.transformers import TransformersEngine
-from tests.harness import LoopThread, core_over, start_server
+from tests.harness import LoopThread, server_of
 from tests.toy_run import toy_run
 from tests.warm import start_train
 
@@ -38,13 +37,8 @@ LOGS = ("metrics.jsonl", "rollouts.jsonl", "alarms.jsonl", "roll_backs.jsonl", "
 @pytest.fixture(scope="module")
 def teacher_url(run: LoopThread, tmp_path_factory):
     model = build_toy_model(tmp_path_factory.mktemp("teacher"), hidden_size=32, num_layers=1, seed=1)
-
-    async def start():
-        return await start_server(core_over(TransformersEngine(str(model)), model))
-
-    server = run(start())
-    yield server.url("http")
-    run(server.stop())
+    with server_of(run, model) as server:
+        yield server.url("http")
 
 
 def config(folder: Path, url: str) -> TrainConfig:

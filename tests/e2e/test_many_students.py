@@ -38,9 +38,7 @@ async def replicas(engine: Engine, model: Path) -> AsyncGenerator[str, None]:
 def test_students_share_a_pool_fairly_and_a_greedy_one_starves_nobody(
     run: LoopThread, transformers_engine: Engine, tiny_model: Path, tmp_path: Path
 ) -> None:
-    servers = replicas(transformers_engine, tiny_model)
-    url = run(servers.__aenter__())
-    try:
+    with run.entered(replicas(transformers_engine, tiny_model)) as url:
         run(write_texts(url, tmp_path, TOKENS))
 
         def items(num_in_flight: Mapping[str, int]) -> dict[str, Outcome]:
@@ -48,8 +46,6 @@ def test_students_share_a_pool_fairly_and_a_greedy_one_starves_nobody(
 
         equal = [outcome.num_items for outcome in items(dict.fromkeys(NAMES, 4)).values()]
         greedy = items({name: 32 if name == NAMES[0] else 4 for name in NAMES})
-    finally:
-        run(servers.__aexit__(None, None, None))
     assert jain(equal) >= 0.95, equal
     others = [outcome.num_items for name, outcome in greedy.items() if name != NAMES[0]]
     assert jain(others) >= 0.95, others

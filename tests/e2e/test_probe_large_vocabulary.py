@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from student_trainer.cli import app
 from student_trainer.probes.consensus import disagreement, geometric_mean, kl
 from student_trainer.probes.pi import WIDEST_LIST
 from tests.harness import LoopThread, served
+from tests.reference import logprobs_TV, plain_model
 from tests.tiny_model import build_tiny_qwen3
 
 VOCAB_SIZE = 1100
@@ -49,15 +49,13 @@ def test_pi_is_measured_over_the_likeliest_ids_of_all_teachers_and_the_rest_as_o
     raw = {row["key"]: row for row in map(json.loads, (out / "raw.jsonl").read_text().splitlines())}
     assert not result["is_whole_vocabulary"]
 
-    whole_model, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    whole_model, tokenizer = plain_model(model), AutoTokenizer.from_pretrained(model)
 
     def whole_TV(prompt: str, pi: str | None, ids: list[int]) -> np.ndarray:
         messages = [{"role": "user", "content": prompt if pi is None else f"{prompt}\n\n{pi}"}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         context = tokenizer(text, add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            logits_TV = whole_model(torch.tensor([[*context, *ids]])).logits[0, len(context) - 1 : -1]
-        return logits_TV.double().log_softmax(-1).numpy()
+        return logprobs_TV(whole_model, context, ids)
 
     num_tokens = 0
     for place, prompt in enumerate(PROMPTS):

@@ -1,17 +1,14 @@
 """A recipe as a process, against a real teacher server: killed in its middle stage, it ends as if it never had been."""
 
 import asyncio
-import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from protos.client import connect
 from protos.records import ScoreItem
@@ -21,8 +18,9 @@ from student_trainer.recipe import StageFailed, run_plan
 from student_trainer.run_folder import read_rows
 from student_trainer.study.toy import VOCABULARY, build_toy_model
 from tests.harness import LoopThread
+from tests.reference import sampled_logprobs
 from tests.taking_weights import SECRET, taking_weights
-from tests.warm import start_command
+from tests.warm import kill_after_step, start_command
 
 pytestmark = pytest.mark.slow
 
@@ -118,34 +116,8 @@ def write_recipe(recipe: str, model: Path, folder: Path, url: str) -> Path:
 @contextmanager
 def serving(run: LoopThread, model: Path, folder: Path) -> Iterator[str]:
     """The URL of a server whose weights the holder of SECRET may change."""
-    spool = folder / "spool"
-    spool.mkdir()
-    server = taking_weights(model, spool)
-    url = run(server.__aenter__()).url("grpc")
-    try:
-        yield url
-    finally:
-        run(server.__aexit__(None, None, None))
-
-
-def kill_after(recipe: Path, metrics: Path, step: int) -> None:
-    process = start_command(recipe)
-    deadline = time.monotonic() + 240
-    try:
-        while not (metrics.exists() and any(row["step"] >= step for row in read_rows(metrics))):
-            assert process.is_alive()
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        process.kill()
-        process.join()
-    assert process.exitcode == -signal.SIGKILL
-
-
-def logp_of(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> np.ndarray:
-    with torch.no_grad():
-        logits_TV = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-    return logits_TV.log_softmax(-1)[range(len(completion)), completion].numpy()
+    with run.entered(taking_weights(model, folder)) as server:
+        yield server.url("grpc")
 
 
 async def score(url: str, prompt: list[int], completion: list[int]) -> np.ndarray:
@@ -164,7 +136,7 @@ def test_a_killed_recipe_goes_on_where_it_was_and_reloads_its_teacher(run: LoopT
     with serving(run, model, tmp_path) as url:
         recipe = write_recipe(RECIPE, model, tmp_path, url)
         first, second, third = (stage.config for stage in load_plan(recipe))
-        kill_after(recipe, Path(second.run) / "metrics.jsonl", 3)
+        kill_after_step(start_command(recipe), Path(second.run), 3)
         Path(third.run).mkdir()
         (Path(third.run) / "teacher.json").write_text('{"weights_version": 5}')
         before = (Path(first.run) / "metrics.jsonl").stat()
@@ -193,7 +165,7 @@ def test_a_reinforced_teacher_teaches(run: LoopThread, tmp_path, model, monkeypa
     with serving(run, model, tmp_path) as url:
         recipe = write_recipe(RLVR, model, tmp_path, url)
         _, rlvr, opd = load_plan(recipe)
-        kill_after(recipe, Path(rlvr.config.run) / "metrics.jsonl", 3)
+        kill_after_step(start_command(recipe), Path(rlvr.config.run), 3)
         base, reinforced, _ = (last for _, last in run_plan(load_plan(recipe), quiet=True))
         before, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, reinforced))
         rows = [row for row in read_rows(Path(opd.config.run) / "rollouts.jsonl") if row["step"] == 1]
@@ -202,8 +174,8 @@ def test_a_reinforced_teacher_teaches(run: LoopThread, tmp_path, model, monkeypa
             prompt = [1, *map(VOCABULARY.index, "".join(m["content"] + END[m["role"]] for m in row["prompt"]))]
             ids = [VOCABULARY.index(token) for token in row["tokens"]]
             student_T, teacher_T, served_T = (
-                logp_of(before, prompt, ids),
-                logp_of(teacher, prompt, ids),
+                sampled_logprobs(before, prompt, ids),
+                sampled_logprobs(teacher, prompt, ids),
                 asyncio.run(score(url, prompt, ids)),
             )
             # What the run was taught by, to the log's four decimals; and what the server serves now.

@@ -4,8 +4,6 @@ The teacher is the transformers engine, which scores each item alone: its number
 an item, so the whole system is deterministic.
 """
 
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from student_trainer.report import write_report
 from student_trainer.run_folder import read_rows
 from student_trainer.study.toy import build_toy_model
 from tests.harness import LoopThread, served
-from tests.warm import start_train
+from tests.warm import kill_after_step, start_train
 
 pytestmark = pytest.mark.slow
 
@@ -71,22 +69,6 @@ def finish(config: Path) -> None:
         process.kill()
 
 
-def kill_after_step(config: Path, step: int) -> None:
-    """SIGKILL as soon as the metrics of `step` are on disk."""
-    metrics = config.parent / "run" / "metrics.jsonl"
-    process = start_train(load_config(config))
-    deadline = time.monotonic() + 240
-    try:
-        while not (metrics.exists() and any(row["step"] >= step for row in read_rows(metrics))):
-            assert process.is_alive()
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        process.kill()
-        process.join()
-    assert process.exitcode == -signal.SIGKILL
-
-
 def outcome(config: Path):
     """Every logged number but the clock's, and the last checkpoint's weights and optimiser state."""
     run = config.parent / "run"
@@ -102,7 +84,7 @@ def assert_resumes_bit_for_bit(unbroken: Path, broken: Path, killed_after: tuple
     """
     train(load_config(unbroken), quiet=True)
     for step in killed_after:
-        kill_after_step(broken, step)
+        kill_after_step(start_train(load_config(broken)), broken.parent / "run", step)
     finish(broken)
     rows, rollouts, weights = outcome(unbroken)
     broken_rows, broken_rollouts, broken_weights = outcome(broken)
@@ -174,7 +156,7 @@ def test_a_stage_that_learns_from_rewards_resumes_bit_for_bit(tmp_path, warm, ki
         )
         for name in ("unbroken", "broken")
     )
-    kill_after_step(broken, 5)  # after the checkpoint of step 3
+    kill_after_step(start_train(load_config(broken)), broken.parent / "run", 5)  # after the checkpoint of step 3
     for config in (unbroken, broken):
         train(load_config(config), quiet=True)
     rows, rollouts, weights = outcome(unbroken)

@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 
 from student_trainer import checkpoint
-from student_trainer.run_folder import read_rows
 from student_trainer.study.toy import build_toy_model
-from teacher_server.engines.transformers import TransformersEngine
 from tests.chaos_proxy import ChaosProxy, Faults
-from tests.harness import LoopThread, core_over, start_server
+from tests.harness import LoopThread, server_of
 from tests.toy_run import write_toy_run
-from tests.warm import start_command
+from tests.warm import last_step, start_command, wait_for_step
 
 pytestmark = pytest.mark.slow
 
@@ -39,25 +37,11 @@ def write_config(folder: Path, model: Path, **tables) -> Path:
     return write_toy_run(folder, model, **endless | tables)
 
 
-def wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while last_step(run) < step:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def last_step(run: Path) -> int:
-    """-1 before the first row."""
-    metrics = run / "metrics.jsonl"
-    rows = read_rows(metrics) if metrics.exists() else []
-    return rows[-1]["step"] if rows else -1
-
-
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, model, signum):
     run = tmp_path / "run"
     process = start_command(write_config(tmp_path, model))
-    wait_for_step(run, 3)
+    wait_for_step(process, run, 3)
     assert process.pid is not None
     os.kill(process.pid, signum)
     process.join(60)
@@ -66,27 +50,23 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, model,
 
 
 def test_a_signal_ends_the_wait_for_a_teacher(run: LoopThread, tmp_path, model):
-    async def start():
-        server = await start_server(core_over(TransformersEngine(str(model)), model))
-        return server, await ChaosProxy.start(int(server.url("http").rpartition(":")[2]), 0)
-
-    server, proxy = run(start())
-    teacher = {"url": f"http://127.0.0.1:{proxy.port}"}
-    process = start_command(write_config(tmp_path, model, stage={"kind": "opd"}, teacher=teacher))
-    folder = tmp_path / "run"
-    wait_for_step(folder, 2)
-    proxy.faults = Faults(cut=1.0)
-    time.sleep(1.0)
-    num_done = last_step(folder)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGTERM)
-    began = time.monotonic()
-    process.join(60)
-    assert time.monotonic() - began < 10
-    assert process.exitcode == 128 + signal.SIGTERM
-    assert checkpoint.num_steps_of(checkpoint.found(folder / "checkpoints")[-1]) == last_step(folder) == num_done
-    run(proxy.stop())
-    run(server.stop())
+    with server_of(run, model) as server:
+        proxy = run(ChaosProxy.start(int(server.url("http").rpartition(":")[2]), 0))
+        teacher = {"url": f"http://127.0.0.1:{proxy.port}"}
+        process = start_command(write_config(tmp_path, model, stage={"kind": "opd"}, teacher=teacher))
+        folder = tmp_path / "run"
+        wait_for_step(process, folder, 2)
+        proxy.faults = Faults(cut=1.0)
+        time.sleep(1.0)
+        num_done = last_step(folder)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGTERM)
+        began = time.monotonic()
+        process.join(60)
+        assert time.monotonic() - began < 10
+        assert process.exitcode == 128 + signal.SIGTERM
+        assert checkpoint.num_steps_of(checkpoint.found(folder / "checkpoints")[-1]) == last_step(folder) == num_done
+        run(proxy.stop())
 
 
 def test_a_rule_that_stops_has_an_exit_code_of_its_own(tmp_path, model):

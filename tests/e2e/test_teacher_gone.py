@@ -16,9 +16,9 @@ from student_trainer.steady_teacher import IDENTITY_HOLDS_S
 from student_trainer.stopped import TeacherGone
 from student_trainer.study.toy import SPECIAL_TOKENS, build_toy_model
 from student_trainer.teacher_identity import TeacherMismatch
-from teacher_server.engines.transformers import TransformersEngine
 from tests.chaos_proxy import ChaosProxy, Faults
-from tests.harness import LoopThread, Server, core_over, start_server
+from tests.harness import LoopThread, Server, server_of
+from tests.warm import last_step
 
 pytestmark = pytest.mark.slow
 
@@ -45,14 +45,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def servers(run: LoopThread, models):
     """A server of each model."""
-
-    async def start(model: Path) -> Server:
-        return await start_server(core_over(TransformersEngine(str(model)), model))
-
-    servers = {name: run(start(models[name])) for name in ("teacher", "other")}
-    yield servers
-    for server in servers.values():
-        run(server.stop())
+    with server_of(run, models["teacher"]) as teacher, server_of(run, models["other"]) as other:
+        yield {"teacher": teacher, "other": other}
 
 
 def port_of(server: Server) -> int:
@@ -89,8 +83,7 @@ def after_step(folder: Path, step: int, what) -> threading.Thread:
     """Calls `what` in another thread as soon as the step is logged."""
 
     def watch() -> None:
-        metrics = folder / "metrics.jsonl"
-        while not (metrics.exists() and any(row["step"] >= step for row in read_rows(metrics))):
+        while last_step(folder) < step:
             time.sleep(0.002)
         what()
 
