@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable
-from contextlib import aclosing
 
 from protos.client import Teacher
 from protos.records import GenerateRequest, ScoreRequest, ServedTeacher, TeacherInfo, WeightsUpdate
@@ -23,15 +22,11 @@ class TeacherOver(Teacher):
     async def info(self) -> TeacherInfo:
         return await self._inner.info()
 
-    async def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
-        async with aclosing(self._inner.score_stream(request, timeout_s=timeout_s)) as replies:
-            async for reply in replies:
-                yield reply
+    def score_stream(self, request: ScoreRequest, *, timeout_s: float | None = None) -> ScoreStream:
+        return self._inner.score_stream(request, timeout_s=timeout_s)
 
-    async def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
-        async with aclosing(self._inner.generate_stream(request, timeout_s=timeout_s)) as replies:
-            async for reply in replies:
-                yield reply
+    def generate_stream(self, request: GenerateRequest, *, timeout_s: float | None = None) -> GenerateStream:
+        return self._inner.generate_stream(request, timeout_s=timeout_s)
 
     async def update_weights(
         self, update: WeightsUpdate, chunks: AsyncIterable[bytes] | None = None, *, timeout_s: float | None = None
