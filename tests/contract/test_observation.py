@@ -13,7 +13,6 @@ import httpx
 import numpy as np
 import pytest
 import structlog
-from prometheus_client.parser import text_string_to_metric_families
 
 from protos import codec
 from protos.errors import EngineFailed, NotReady, TeacherError, UnknownTeacher
@@ -25,27 +24,17 @@ from teacher_server.metrics import Metrics
 from teacher_server.observation import PHASES, Observation
 from teacher_server.observers import ObservingInterceptor
 from tests.harness import EngineOver, HeldEngine, LoopThread, Server, core_over, serving, until
+from tests.prometheus import Samples, samples_of, value_of
 
 PROMPT = np.array([1, 2, 3], np.int32)
 ITEM = ScoreItem(PROMPT, np.array([4, 5], np.int32))
 """3 tokens of context and 2 to score."""
 
-Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-
 
 async def samples(server: Server) -> Samples:
-    """What /metrics says, by name and labels."""
+    """What /metrics says."""
     async with httpx.AsyncClient(base_url=server.listeners.http_url) as client:
-        text = (await client.get("/metrics")).text
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def value(found: Samples, name: str, **labels: str) -> float | None:
-    return found.get((name, tuple(sorted(labels.items()))))
+        return samples_of((await client.get("/metrics")).content)
 
 
 class Sick(EngineOver[Engine]):
@@ -84,26 +73,26 @@ def test_the_metrics_say_what_was_done(
             return await samples(server)
 
     found = run(scenario())
-    assert value(found, "teacher_requests_total", operation="score", error="") == 1
-    assert value(found, "teacher_requests_total", operation="score", error="UnknownTeacher") == 1
-    assert value(found, "teacher_items_total", operation="score") == 4 + 2
-    assert value(found, "teacher_failed_items_total", operation="score", error="EngineFailed") == 1
-    assert value(found, "teacher_failed_items_total", operation="score", error="UnknownTeacher") == 2
+    assert value_of(found, "teacher_requests_total", operation="score", error="") == 1
+    assert value_of(found, "teacher_requests_total", operation="score", error="UnknownTeacher") == 1
+    assert value_of(found, "teacher_items_total", operation="score") == 4 + 2
+    assert value_of(found, "teacher_failed_items_total", operation="score", error="EngineFailed") == 1
+    assert value_of(found, "teacher_failed_items_total", operation="score", error="UnknownTeacher") == 2
     # Three items succeeded: 3 tokens of context and 2 scored each.
-    assert value(found, "teacher_tokens_total", operation="score", kind="context") == 9
-    assert value(found, "teacher_tokens_total", operation="score", kind="new") == 6
-    assert value(found, "teacher_tokens_total", operation="generate", kind="new") == 3 * 2
-    assert value(found, "teacher_scored_tokens_total", teacher="base", support="sampled") == 2
-    assert value(found, "teacher_scored_tokens_total", teacher="base", support="top_k") is None
-    assert value(found, "teacher_scored_tokens_total", teacher="same", support="sampled") == 4
-    assert value(found, "teacher_scored_tokens_total", teacher="same", support="top_k") == 4
-    assert value(found, "teacher_scored_tokens_total", teacher="same", support="candidates") == 2
-    assert value(found, "teacher_scored_tokens_total", teacher="same", support="entropy") == 2
+    assert value_of(found, "teacher_tokens_total", operation="score", kind="context") == 9
+    assert value_of(found, "teacher_tokens_total", operation="score", kind="new") == 6
+    assert value_of(found, "teacher_tokens_total", operation="generate", kind="new") == 3 * 2
+    assert value_of(found, "teacher_scored_tokens_total", teacher="base", support="sampled") == 2
+    assert value_of(found, "teacher_scored_tokens_total", teacher="base", support="top_k") is None
+    assert value_of(found, "teacher_scored_tokens_total", teacher="same", support="sampled") == 4
+    assert value_of(found, "teacher_scored_tokens_total", teacher="same", support="top_k") == 4
+    assert value_of(found, "teacher_scored_tokens_total", teacher="same", support="candidates") == 2
+    assert value_of(found, "teacher_scored_tokens_total", teacher="same", support="entropy") == 2
     assert not [labels for name, labels in found if name == "teacher_scored_tokens_total" and "nobody" in str(labels)]
     for phase in PHASES:
-        assert value(found, "teacher_phase_seconds_count", operation="score", phase=phase) == 2
-    engine_s = value(found, "teacher_phase_seconds_sum", operation="score", phase="engine")
-    whole_s = value(found, "teacher_request_seconds_sum", operation="score")
+        assert value_of(found, "teacher_phase_seconds_count", operation="score", phase=phase) == 2
+    engine_s = value_of(found, "teacher_phase_seconds_sum", operation="score", phase="engine")
+    whole_s = value_of(found, "teacher_request_seconds_sum", operation="score")
     assert engine_s is not None
     assert whole_s is not None
     # Items overlap: the phase is the time with at least one in the engine, not the sum of four.
@@ -126,8 +115,8 @@ def test_the_prefix_cache_is_counted(run: LoopThread, vllm_engine: Engine, tiny_
 
     found, num_cached_tokens = run(scenario())
     assert num_cached_tokens > 0
-    assert value(found, "teacher_tokens_total", operation="score", kind="cached") == num_cached_tokens
-    assert value(found, "teacher_tokens_total", operation="score", kind="context") == 2 * 150
+    assert value_of(found, "teacher_tokens_total", operation="score", kind="cached") == num_cached_tokens
+    assert value_of(found, "teacher_tokens_total", operation="score", kind="context") == 2 * 150
 
 
 def test_the_load_is_shown(run: LoopThread, transformers_engine: Engine, tiny_model: Path) -> None:
@@ -145,9 +134,9 @@ def test_the_load_is_shown(run: LoopThread, transformers_engine: Engine, tiny_mo
             return [busy, await samples(server)]
 
     busy, idle = run(scenario())
-    assert (value(busy, "teacher_tokens_in_flight"), value(busy, "teacher_tokens_queued")) == (5, 10)
-    assert (value(idle, "teacher_tokens_in_flight"), value(idle, "teacher_tokens_queued")) == (0, 0)
-    assert value(idle, "teacher_tokens_in_flight_budget") == 5
+    assert (value_of(busy, "teacher_tokens_in_flight"), value_of(busy, "teacher_tokens_queued")) == (5, 10)
+    assert (value_of(idle, "teacher_tokens_in_flight"), value_of(idle, "teacher_tokens_queued")) == (0, 0)
+    assert value_of(idle, "teacher_tokens_in_flight_budget") == 5
 
 
 def test_refusals_before_the_core_are_counted(run: LoopThread, scheme: str) -> None:
@@ -160,8 +149,8 @@ def test_refusals_before_the_core_are_counted(run: LoopThread, scheme: str) -> N
             return await samples(server)
 
     found = run(scenario())
-    assert value(found, "teacher_requests_total", operation="score", error="NotReady") == 1
-    assert value(found, "teacher_requests_total", operation="score", error="InvalidRequest") == 1
+    assert value_of(found, "teacher_requests_total", operation="score", error="NotReady") == 1
+    assert value_of(found, "teacher_requests_total", operation="score", error="InvalidRequest") == 1
 
 
 def test_a_refusal_by_an_interceptor_is_observed(run: LoopThread) -> None:

@@ -1,9 +1,7 @@
-"""Stock clients against our port, and our client against a stock server's endpoints: equal numbers, clear refusals."""
+"""Stock clients against our port, and our client against a stock server, over vLLM: equal numbers, clear refusals."""
 
 from __future__ import annotations
 
-import asyncio
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,6 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from protos.client import Teacher, connect
@@ -22,34 +19,24 @@ from protos.errors import (
     ContextTooLong,
     DeadlineExceeded,
     InvalidRequest,
-    NotReady,
     Overloaded,
     TeacherError,
     UnknownTeacher,
 )
 from protos.fingerprint import UNKNOWN, differences, tokenizer_fingerprint
-from protos.records import (
-    Chat,
-    GenerateItem,
-    Message,
-    PrivilegedIds,
-    ScoreItem,
-    ScoreRequest,
-    SystemText,
-)
+from protos.records import Chat, GenerateItem, Message, PrivilegedIds, ScoreItem, ScoreRequest, SystemText
 from student_trainer.scoring import Scorer, TeacherMismatch, Wanted
 from teacher_server.admission import Admission, Ticket
 from teacher_server.engines.base import Engine
-from teacher_server.gate import Gate
-from teacher_server.http_app import create_app
-from teacher_server.limits import Limits
 from teacher_server.metrics import Metrics
-from teacher_server.openai_admission import AdmittedOpenAI, num_tokens
-from teacher_server.openai_routes import SCOPES_OF
+from teacher_server.openai_admission import AdmittedOpenAI
 from teacher_server.teachers import Teachers
-from tests.harness import LoopThread, Server, core_over, serving, start_server, until
+from tests.harness import LoopThread, Server, core_over, start_server, until
+from tests.prometheus import samples_of, value_of
 from tests.stock import trl_scores
 from tests.tiny_model import VOCAB_SIZE, byte_tokenizer
+
+pytestmark = pytest.mark.slow
 
 ATOL = 1e-4
 """Nats between vLLM's own prompt log-probs and ours, both float32."""
@@ -59,8 +46,6 @@ COMPLETION = np.random.default_rng(0).integers(0, VOCAB_SIZE, 40).astype(np.int3
 ITEM = ScoreItem(PROMPT, COMPLETION, top_k=20)
 BUDGET = 2**13
 CHAT = Chat((Message("user", "2+2?"),))
-
-slow = pytest.mark.slow
 
 
 class Recorder:
@@ -108,7 +93,7 @@ def openai_server(
 
     server = run(start())
     yield server
-    run(server.listeners.stop(0.0))
+    run(server.stop())
 
 
 @pytest.fixture
@@ -132,15 +117,10 @@ def client(openai_server: Server) -> Iterator[openai.OpenAI]:
         yield client
 
 
-# Stock clients against our port.
-
-
-@slow
 def test_the_openai_client_lists_the_teachers(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["base", "same"]
 
 
-@slow
 def test_the_openai_client_reads_prompt_logprobs(run: LoopThread, client: openai.OpenAI, ours: Teacher) -> None:
     answer = client.completions.create(
         model="same",
@@ -158,7 +138,6 @@ def test_the_openai_client_reads_prompt_logprobs(run: LoopThread, client: openai
         assert set(row) == {str(top_id) for top_id in top_ids} | {str(token_id)}
 
 
-@slow
 def test_the_openai_client_chats(run: LoopThread, client: openai.OpenAI, ours: Teacher) -> None:
     answer = client.chat.completions.create(
         model="base", messages=[{"role": "user", "content": "2+2?"}], max_tokens=8, temperature=0
@@ -169,7 +148,6 @@ def test_the_openai_client_chats(run: LoopThread, client: openai.OpenAI, ours: T
     assert answer.choices[0].message.content == result.samples[0].text
 
 
-@slow
 @pytest.mark.filterwarnings("ignore:TRL currently supports vLLM versions:UserWarning")
 def test_trl_reads_our_port(run: LoopThread, openai_server: Server, ours: Teacher) -> None:
     from trl.generation.vllm_client import VLLMClient
@@ -180,7 +158,6 @@ def test_trl_reads_our_port(run: LoopThread, openai_server: Server, ours: Teache
     np.testing.assert_array_equal(answer["logprob_token_ids"][0], result.top_ids)
 
 
-@slow
 def test_nothing_that_administers_vllm_is_reachable(openai_server: Server) -> None:
     with httpx.Client(base_url=openai_server.url("http")) as http:
         for path in (
@@ -200,7 +177,6 @@ def test_nothing_that_administers_vllm_is_reachable(openai_server: Server) -> No
         assert http.get("/v1/info").json()["teachers"] == ["base", "same"]
 
 
-@slow
 @pytest.mark.parametrize("field", ["vllm_xargs", "kv_transfer_params", "ec_transfer_params"])
 def test_nothing_unread_reaches_the_worker(openai_server: Server, field: str) -> None:
     # Our worker takes `extra_args["score_rows"]` for a task of the core's: any other value would end the engine.
@@ -211,7 +187,6 @@ def test_nothing_unread_reaches_the_worker(openai_server: Server, field: str) ->
         assert f"{field} is not taken" in answer.json()["error"]["message"]
 
 
-@slow
 def test_stock_clients_share_the_queue(
     run: LoopThread, client: openai.OpenAI, stock: Teacher, admission: Admission
 ) -> None:
@@ -241,7 +216,6 @@ def test_stock_clients_share_the_queue(
     run(until(lambda: admission.tokens_in_flight == admission.tokens_queued == 0))
 
 
-@slow
 def test_stock_clients_are_in_the_metrics(run: LoopThread, client: openai.OpenAI, metrics: Metrics) -> None:
     counted = Counted(metrics)
     # 3 + 2 prompt tokens, each continued twice by 4 tokens; what was written cannot pass for a usage.
@@ -271,61 +245,13 @@ class Counted:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._before = self._values()
+        self._before = samples_of(metrics.text())
 
     def since(self, name: str, **labels: str) -> float:
-        key = (name, frozenset(labels.items()))
-        return self._values().get(key, 0.0) - self._before.get(key, 0.0)
-
-    def _values(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-        families = text_string_to_metric_families(self._metrics.text().decode())
-        return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+        now = samples_of(self._metrics.text())
+        return (value_of(now, name, **labels) or 0.0) - (value_of(self._before, name, **labels) or 0.0)
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "expected"),
-    [
-        ("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 5}, 3 + 5),
-        ("/v1/completions", {"prompt": [[1, 2, 3], [4]], "max_tokens": 5, "n": 2}, 4 + 2 * 2 * 5),
-        ("/v1/completions", {"prompt": "x" * 9}, 3 + 16),  # 9 characters are 2.25 tokens
-        ("/v1/completions", {"prompt": ["x" * 9, "y"], "max_tokens": 0}, 3 + 1),
-        ("/v1/chat/completions", {"messages": "x" * 8, "max_completion_tokens": 7, "n": 3}, 2 + 3 * 7),
-        ("/v1/chat/completions", {"messages": "x" * 8}, 2 + 1024),
-        ("/v1/completions", {"prompt": None, "max_tokens": "many", "n": -1}, 1 + 16),  # "null" is 4 characters
-        ("/v1/completions", [], 1),
-    ],
-)
-def test_what_a_stock_request_is_charged(path: str, body: object, expected: int) -> None:
-    assert num_tokens(path, json.dumps(body).encode()) == expected
-
-
-@pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000, b"\xff"])
-def test_what_is_no_json_is_charged_one_token(body: bytes) -> None:
-    assert num_tokens("/v1/completions", body) == 1
-
-
-def test_a_stock_client_that_vanishes_leaves_the_queue(
-    run: LoopThread, transformers_engine: Engine, tiny_model: Path
-) -> None:
-    async def scenario() -> None:
-        admission, teachers = Admission(100, 1000), Teachers(("base",))
-        app = AdmittedOpenAI(answering(200), admission, teachers, "base", max_tokens=100)
-        async with serving(None) as server, httpx.AsyncClient(base_url=server.url("http")) as http:
-            server.gate.open(core_over(transformers_engine, tiny_model), app)
-            [busy] = admission.admit([100], "other")
-            asking = asyncio.create_task(http.post("/v1/completions", json={"prompt": [1] * 20, "max_tokens": 10}))
-            await until(lambda: admission.tokens_queued == 30)
-            asking.cancel()
-            await until(lambda: admission.tokens_queued == 0)
-            admission.release(busy)
-            # Larger than the budget: it is charged all of it, and enters alone.
-            assert (await http.post("/v1/completions", json={"prompt": [1], "max_tokens": 10**30})).text == "why"
-            assert admission.tokens_in_flight == 0
-
-    run(scenario())
-
-
-@slow
 def test_a_template_from_a_request_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="untrusted chat template"):
         client.chat.completions.create(
@@ -333,77 +259,6 @@ def test_a_template_from_a_request_is_refused(client: openai.OpenAI) -> None:
         )
 
 
-def test_a_server_that_loads_or_drains_is_not_ready(run: LoopThread) -> None:
-    async def scenario() -> None:
-        async with serving(None) as server, httpx.AsyncClient(base_url=server.url("http")) as http:
-            for words in ("still loading", "draining"):
-                for path in (*SCOPES_OF, "/health"):
-                    answer = await http.get(path)
-                    assert answer.status_code == 503, path
-                    assert words in answer.json()["error"]["message"]
-                server.gate.close("draining")
-
-    run(scenario())
-
-
-def test_another_engine_says_so(run: LoopThread, transformers_server: Server) -> None:
-    with httpx.Client(base_url=transformers_server.url("http")) as http:
-        assert http.get("/health").status_code == 200
-        for path in SCOPES_OF:
-            answer = http.post(path, json={})
-            assert answer.status_code == 404
-            assert "serve with --engine vllm" in answer.json()["error"]["message"]
-    client = openai.OpenAI(base_url=f"{transformers_server.url('http')}/v1", api_key="none", max_retries=0)
-    with client, pytest.raises(openai.NotFoundError, match="serve with --engine vllm"):
-        client.models.list()
-
-
-def test_a_drain_waits_for_stock_clients(run: LoopThread, transformers_engine: Engine, tiny_model: Path) -> None:
-    arrived, door = asyncio.Event(), asyncio.Event()
-
-    async def slow_app(scope: Scope, receive: Receive, send: Send) -> None:
-        arrived.set()
-        await door.wait()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"late"})
-
-    async def scenario() -> None:
-        async with serving(None) as server, httpx.AsyncClient(base_url=server.url("http")) as http:
-            server.gate.open(core_over(transformers_engine, tiny_model), slow_app)
-            asking = asyncio.create_task(http.get("/v1/models"))
-            await arrived.wait()
-            server.gate.close("draining")
-            idle = asyncio.create_task(server.gate.idle())
-            await asyncio.sleep(0.05)
-            assert not idle.done()
-            door.set()
-            assert (await asking).text == "late"
-            await asyncio.wait_for(idle, 5)
-
-    run(scenario())
-
-
-def test_a_body_has_a_limit(run: LoopThread, transformers_engine: Engine, tiny_model: Path) -> None:
-    async def reading_app(scope: Scope, receive: Receive, send: Send) -> None:
-        while (await receive()).get("more_body"):
-            pass
-
-    async def scenario() -> httpx.Response:
-        gate = Gate()
-        gate.open(core_over(transformers_engine, tiny_model), reading_app)
-        transport = httpx.ASGITransport(create_app(gate, bytes, limits=Limits(max_message_bytes=100)))
-        async with httpx.AsyncClient(transport=transport, base_url="http://app") as http:
-            return await http.post("/v1/completions", content=b"x" * 101)
-
-    answer = run(scenario())
-    assert answer.status_code == 422
-    assert "more than 100 bytes" in answer.json()["error"]["message"]
-
-
-# Our client against vLLM's own endpoints.
-
-
-@slow
 @pytest.mark.parametrize("top_k", [0, 1, 20])
 def test_scores_equal_ours(run: LoopThread, stock: Teacher, ours: Teacher, top_k: int) -> None:
     items = [
@@ -422,7 +277,6 @@ def test_scores_equal_ours(run: LoopThread, stock: Teacher, ours: Teacher, top_k
     assert 0 < own_in_top.sum() < len(COMPLETION), "both kinds of row are needed for this test to say anything"
 
 
-@slow
 def test_info_says_what_a_stock_server_cannot(run: LoopThread, stock: Teacher) -> None:
     info = run(stock.info())
     assert info.teachers == ("base", "same")
@@ -449,7 +303,6 @@ REFUSED: dict[str, tuple[ScoreItem, type[TeacherError], str, str]] = {
 }
 
 
-@slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_exact_there_is_refused_before_it_is_sent(
     run: LoopThread, stock: Teacher, recorder: Recorder, case: str
@@ -463,20 +316,17 @@ def test_what_is_not_exact_there_is_refused_before_it_is_sent(
     assert recorder.paths == []
 
 
-@slow
 def test_weights_there_have_no_version(run: LoopThread, stock: Teacher) -> None:
     with pytest.raises(Conflict, match="no version"):
         run(stock.score(ScoreRequest((ITEM,), min_weights_version=1)))
 
 
-@slow
 def test_the_server_s_own_refusal_keeps_its_words(run: LoopThread, stock: Teacher) -> None:
     with pytest.raises(InvalidRequest, match="out of vocabulary") as caught:
         run(stock.score([replace(ITEM, prompt=np.array([VOCAB_SIZE], np.int32))]))
     assert caught.value.field == "items[0]"
 
 
-@slow
 def test_one_wrong_item_does_not_fail_the_others(run: LoopThread, stock: Teacher) -> None:
     async def outcomes() -> dict[int, object]:
         wrong = replace(ITEM, prompt=np.array([VOCAB_SIZE], np.int32))
@@ -487,7 +337,6 @@ def test_one_wrong_item_does_not_fail_the_others(run: LoopThread, stock: Teacher
     assert not isinstance(by_index[1], TeacherError)
 
 
-@slow
 def test_samples_are_ours(run: LoopThread, stock: Teacher, ours: Teacher) -> None:
     item = GenerateItem(PROMPT, prefix_ids=COMPLETION[:3], max_new_tokens=12, temperature=0.0, num_samples=2)
     [theirs], [mine] = run(stock.generate([item])), run(ours.generate([item]))
@@ -497,7 +346,6 @@ def test_samples_are_ours(run: LoopThread, stock: Teacher, ours: Teacher) -> Non
         assert a.text
 
 
-@slow
 def test_samples_have_the_log_probs_of_their_ids(run: LoopThread, stock: Teacher, ours: Teacher) -> None:
     item = GenerateItem(PROMPT, max_new_tokens=12, num_samples=3, seed=1, ignore_eos=True)
     [result] = run(stock.generate([item]))
@@ -508,7 +356,6 @@ def test_samples_have_the_log_probs_of_their_ids(run: LoopThread, stock: Teacher
         np.testing.assert_allclose(sample.logprobs, score.sampled_logprobs, rtol=0, atol=ATOL)
 
 
-@slow
 @pytest.mark.parametrize("change", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}])
 def test_samples_whose_log_probs_would_not_be_exact_are_refused(
     run: LoopThread, stock: Teacher, change: dict[str, Any]
@@ -517,86 +364,12 @@ def test_samples_whose_log_probs_would_not_be_exact_are_refused(
         run(stock.generate([replace(GenerateItem(PROMPT), **change)]))
 
 
-def answering(status: int, headers: tuple[tuple[bytes, bytes], ...] = ()) -> ASGIApp:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": status, "headers": list(headers)})
-        await send({"type": "http.response.body", "body": b"why"})
-
-    return app
-
-
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 429, 500, 503, 504])
-def test_a_status_is_an_error_of_the_table(
-    run: LoopThread, transformers_engine: Engine, tiny_model: Path, status: int
-) -> None:
-    expected = {
-        400: "Corrupted",  # in plain text: what vLLM itself refuses comes in JSON
-        401: "Unauthenticated",
-        403: "PermissionDenied",
-        404: "UnknownTeacher",
-        429: "Overloaded",
-        500: "EngineFailed",
-        503: "NotReady",
-        504: "NotReady",
-    }
-
-    async def scenario() -> TeacherError:
-        async with serving(None) as server, connect(f"openai+{server.url('http')}") as teacher:
-            app = answering(status, ((b"retry-after", b"7"),))
-            server.gate.open(core_over(transformers_engine, tiny_model), app)
-            with pytest.raises(TeacherError, match=f"answered {status}: why") as caught:
-                await teacher.score([ITEM])
-            return caught.value
-
-    error = run(scenario())
-    assert error.name == expected[status]
-    assert error.retry_after_s == 7.0
-
-
-def test_a_server_that_is_not_there_is_not_ready(run: LoopThread) -> None:
-    async def scenario() -> None:
-        async with connect("openai+http://127.0.0.1:9") as teacher:
-            with pytest.raises(NotReady, match="cannot be reached"):
-                await teacher.score([ITEM])
-
-    run(scenario())
-
-
-@slow
 def test_a_deadline_holds(run: LoopThread, stock: Teacher) -> None:
     run(stock.info())
     with pytest.raises(DeadlineExceeded, match=r"within 0\.001 s"):
         run(stock.score([ITEM], timeout_s=0.001))
 
 
-def test_the_token_is_sent(
-    run: LoopThread, transformers_engine: Engine, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[bytes] = []
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.append(dict(scope["headers"]).get(b"authorization", b""))
-        await answering(401)(scope, receive, send)
-
-    async def scenario() -> None:
-        async with serving(None) as server:
-            server.gate.open(core_over(transformers_engine, tiny_model), app)
-            for value in (None, "secret"):
-                if value is not None:
-                    monkeypatch.setenv("TEACHER_TOKEN", value)
-                async with connect(f"openai+{server.url('http')}") as teacher:
-                    with pytest.raises(TeacherError):
-                        await teacher.info()
-
-    monkeypatch.delenv("TEACHER_TOKEN", raising=False)
-    run(scenario())
-    assert seen == [b"", b"Bearer secret"]
-
-
-# The trainer's handshake with a teacher that does not say which tokenizer it has.
-
-
-@slow
 def test_the_trainer_compares_what_ids_mean(openai_server: Server) -> None:
     tokenizer = byte_tokenizer()
     student = tokenizer_fingerprint(tokenizer, eos_token_ids=[258], vocab_size=VOCAB_SIZE)

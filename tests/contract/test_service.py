@@ -7,16 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from protos.client import Teacher
-from protos.errors import (
-    Conflict,
-    ContextTooLong,
-    InvalidRequest,
-    TeacherError,
-    UnknownTeacher,
-)
+from protos.errors import Conflict, ContextTooLong, InvalidRequest, TeacherError, UnknownTeacher
 from protos.fingerprint import tokenizer_fingerprint
 from protos.records import (
     Chat,
@@ -35,6 +28,7 @@ from protos.records import (
 )
 from teacher_server.privileged import REFERENCE_TEMPLATES
 from tests.harness import LoopThread, Server
+from tests.reference import logprobs_TV, plain_model
 from tests.tiny_model import CHATML, VOCAB_SIZE, byte_tokenizer
 
 CONTEXT = 256
@@ -45,6 +39,7 @@ ENGINE_ATOL = 1e-5
 
 PROMPT = np.array([72, 105, 33, 10], np.int32)
 COMPLETION = np.array([65, 66, 67, 68, 69], np.int32)
+ITEM = ScoreItem(PROMPT, COMPLETION)
 CHAT = Chat((Message("user", "2+2?"),))
 
 
@@ -57,18 +52,6 @@ def scheme(request: pytest.FixtureRequest) -> str:
 def full_item() -> ScoreItem:
     candidates = np.array([[1, 2, -1], [3, -1, -1], [4, 5, 6], [-1, -1, -1], [303, 0, 7]], np.int32)
     return ScoreItem(PROMPT, COMPLETION, temperature=0.7, top_k=5, candidate_ids=candidates, entropy=True)
-
-
-def reference_rows(model_path: Path, context_ids: list[int], completion: np.ndarray, temperature: float) -> np.ndarray:
-    """float64 [T, V]: log_softmax(logits / T) of the model itself; position C - 1 + t predicts completion token t."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-    ids = torch.tensor([[*context_ids, *completion.tolist()]])
-    with torch.inference_mode():
-        logits = model(ids).logits[0].double()
-    rows = torch.log_softmax(logits / temperature, -1)
-    return rows[len(context_ids) - 1 : -1].numpy()
 
 
 def assert_close(got: np.ndarray | None, expected: np.ndarray | None, atol: float = ENGINE_ATOL) -> None:
@@ -96,7 +79,7 @@ def raised(run: LoopThread, teacher: Teacher, request: ScoreRequest) -> TeacherE
 def test_arrays_are_those_of_the_model(run: LoopThread, teacher: Teacher, tiny_model: Path) -> None:
     item = full_item()
     [result] = run(teacher.score([item]))
-    rows_TV = reference_rows(tiny_model, PROMPT.tolist(), COMPLETION, 0.7)
+    rows_TV = logprobs_TV(plain_model(tiny_model), PROMPT, COMPLETION, 0.7)
 
     assert_close(result.sampled_logprobs, rows_TV[np.arange(5), COMPLETION])
     order_TK = np.argsort(-rows_TV, axis=1)[:, :5]
@@ -118,7 +101,7 @@ def test_ids_that_are_sent_once_are_scored_at_every_position(
     """The whole vocabulary in its order, and a padded id behind it."""
     every_id = np.append(np.arange(VOCAB_SIZE, dtype=np.int32), np.int32(-1))[None]
     [result] = run(teacher.score([ScoreItem(PROMPT, COMPLETION, temperature=0.7, candidate_ids=every_id)]))
-    rows_TV = reference_rows(tiny_model, PROMPT.tolist(), COMPLETION, 0.7)
+    rows_TV = logprobs_TV(plain_model(tiny_model), PROMPT, COMPLETION, 0.7)
     assert_close(result.candidate_logprobs, np.append(rows_TV, np.full((5, 1), np.nan), 1))
 
 
@@ -191,17 +174,18 @@ def test_empty_completion(run: LoopThread, teacher: Teacher) -> None:
 def test_one_token(run: LoopThread, teacher: Teacher, tiny_model: Path) -> None:
     one = np.array([65], np.int32)
     [result] = run(teacher.score([ScoreItem(PROMPT, one)]))
-    expected = reference_rows(tiny_model, PROMPT.tolist(), one, 1.0)[0, 65]
+    expected = logprobs_TV(plain_model(tiny_model), PROMPT, one)[0, 65]
     assert_close(result.sampled_logprobs, np.array([expected]))
 
 
 def test_context_exactly_full_and_one_over(run: LoopThread, teacher: Teacher) -> None:
     completion = np.full(CONTEXT - 4, 65, np.int32)
-    [result] = run(teacher.score([ScoreItem(PROMPT, completion)]))
+    [result] = run(teacher.score([replace(ITEM, completion_ids=completion)]))
     assert result.num_tokens == CONTEXT - 4
     assert np.isfinite(result.sampled_logprobs).all()
 
-    item = ScoreItem(PROMPT, np.full(CONTEXT - 5, 65, np.int32), privileged=PrivilegedIds(np.array([1, 2], np.int32)))
+    secret = PrivilegedIds(np.array([1, 2], np.int32))
+    item = replace(ITEM, completion_ids=completion[1:], privileged=secret)
     error = raised(run, teacher, ScoreRequest((item,)))
     # 4 of the prompt + 2 privileged + 251 of the completion = 257.
     assert (type(error), error.field) == (ContextTooLong, "items[0]")
@@ -209,63 +193,30 @@ def test_context_exactly_full_and_one_over(run: LoopThread, teacher: Teacher) ->
         assert number in error.message
 
 
-GOOD = ScoreItem(PROMPT, COMPLETION)
 REFUSED = {
-    "prompt id": (
-        replace(GOOD, prompt=np.array([1, 304], np.int32)),
-        InvalidRequest,
-        "prompt_ids",
-        "id 304 at position 1",
-    ),
-    "completion id": (
-        replace(GOOD, completion_ids=np.array([-1], np.int32)),
-        InvalidRequest,
-        "completion_ids",
-        "id -1",
-    ),
+    "prompt id": (replace(ITEM, prompt=np.array([1, 304], np.int32)), "prompt_ids", "id 304 at position 1"),
+    "completion id": (replace(ITEM, completion_ids=np.array([-1], np.int32)), "completion_ids", "id -1"),
     "candidate id": (
-        replace(GOOD, candidate_ids=np.full((5, 2), -2, np.int32)),
-        InvalidRequest,
+        replace(ITEM, candidate_ids=np.full((5, 2), -2, np.int32)),
         "candidate_ids",
         "id -2 at position 0, 0",
     ),
-    "privileged id": (
-        replace(GOOD, privileged=PrivilegedIds(np.array([400], np.int32))),
-        InvalidRequest,
-        "privileged.ids",
-        "id 400",
-    ),
-    "candidates' shape": (
-        replace(GOOD, candidate_ids=np.zeros((4, 2), np.int32)),
-        InvalidRequest,
-        "candidate_ids",
-        "[4, 2]",
-    ),
-    "temperature 0": (replace(GOOD, temperature=0.0), InvalidRequest, "temperature", "temperature is 0.0"),
-    "temperature below 0": (replace(GOOD, temperature=-0.1), InvalidRequest, "temperature", "temperature is -0.1;"),
-    "temperature nan": (replace(GOOD, temperature=float("nan")), InvalidRequest, "temperature", "temperature is nan"),
-    "temperature inf": (replace(GOOD, temperature=float("inf")), InvalidRequest, "temperature", "temperature is inf"),
-    "K above": (replace(GOOD, top_k=305), InvalidRequest, "top_k", "from 0 to 304"),
-    "K below": (replace(GOOD, top_k=-1), InvalidRequest, "top_k", "top_k is -1"),
-    "M above": (
-        replace(GOOD, candidate_ids=np.zeros((5, 1025), np.int32)),
-        InvalidRequest,
-        "candidate_ids",
-        "at most 1024",
-    ),
-    "teacher": (replace(GOOD, teacher="rlvr"), UnknownTeacher, "teacher", "served: base, same"),
-    "no prompt": (replace(GOOD, prompt=np.empty(0, np.int32)), InvalidRequest, "prompt", "empty"),
-    "text into ids": (
-        replace(GOOD, privileged=SystemText("x")),
-        InvalidRequest,
-        "privileged",
-        "send the prompt as chat",
-    ),
-    "empty chat": (replace(GOOD, prompt=Chat(())), InvalidRequest, "chat.messages", "at least one"),
-    "role": (replace(GOOD, prompt=Chat((Message("boss", "x"),))), InvalidRequest, "chat.messages[0].role", "'boss'"),
+    "privileged id": (replace(ITEM, privileged=PrivilegedIds(np.array([400], np.int32))), "privileged.ids", "id 400"),
+    "candidates' shape": (replace(ITEM, candidate_ids=np.zeros((4, 2), np.int32)), "candidate_ids", "[4, 2]"),
+    "temperature 0": (replace(ITEM, temperature=0.0), "temperature", "temperature is 0.0"),
+    "temperature below 0": (replace(ITEM, temperature=-0.1), "temperature", "temperature is -0.1;"),
+    "temperature nan": (replace(ITEM, temperature=float("nan")), "temperature", "temperature is nan"),
+    "temperature inf": (replace(ITEM, temperature=float("inf")), "temperature", "temperature is inf"),
+    "K above": (replace(ITEM, top_k=305), "top_k", "from 0 to 304"),
+    "K below": (replace(ITEM, top_k=-1), "top_k", "top_k is -1"),
+    "M above": (replace(ITEM, candidate_ids=np.zeros((5, 1025), np.int32)), "candidate_ids", "at most 1024"),
+    "teacher": (replace(ITEM, teacher="rlvr"), "teacher", "served: base, same"),
+    "no prompt": (replace(ITEM, prompt=np.empty(0, np.int32)), "prompt", "empty"),
+    "text into ids": (replace(ITEM, privileged=SystemText("x")), "privileged", "send the prompt as chat"),
+    "empty chat": (replace(ITEM, prompt=Chat(())), "chat.messages", "at least one"),
+    "role": (replace(ITEM, prompt=Chat((Message("boss", "x"),))), "chat.messages[0].role", "'boss'"),
     "reference template": (
-        replace(GOOD, prompt=CHAT, privileged=Reference("4", "poem")),
-        InvalidRequest,
+        replace(ITEM, prompt=CHAT, privileged=Reference("4", "poem")),
         "privileged.reference.template",
         "answer",
     ),
@@ -274,9 +225,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_bad_item_refuses_the_whole_request(run: LoopThread, teacher: Teacher, case: str) -> None:
-    bad, kind, field, words = REFUSED[case]
-    error = raised(run, teacher, ScoreRequest((GOOD, GOOD, GOOD, bad)))
-    assert (type(error), error.field) == (kind, f"items[3].{field}")
+    bad, field, words = REFUSED[case]
+    error = raised(run, teacher, ScoreRequest((ITEM, ITEM, ITEM, bad)))
+    assert type(error) is (UnknownTeacher if field == "teacher" else InvalidRequest)
+    assert error.field == f"items[3].{field}"
     assert words in error.message
 
 
@@ -294,11 +246,11 @@ def test_transports_refuse_in_equal_words(run: LoopThread, transformers_server: 
 def test_requests_are_refused_whole(run: LoopThread, teacher: Teacher) -> None:
     error = raised(run, teacher, ScoreRequest(()))
     assert (type(error), error.field) == (InvalidRequest, "items")
-    error = raised(run, teacher, ScoreRequest((GOOD,) * 65))
+    error = raised(run, teacher, ScoreRequest((ITEM,) * 65))
     assert (type(error), error.field) == (InvalidRequest, "items")
     assert "65 items" in error.message
     assert "at most 64" in error.message
-    error = raised(run, teacher, ScoreRequest((GOOD,), min_weights_version=3))
+    error = raised(run, teacher, ScoreRequest((ITEM,), min_weights_version=3))
     assert (type(error), error.field) == (Conflict, "min_weights_version")
     assert "version 0" in error.message
     assert "version 3" in error.message
@@ -314,10 +266,7 @@ COMPOSED = {
     ),
     "prefix": (UserPrefix("Even."), "<|im_start|>user\nEven.\n\n2+2?<|im_end|>\n"),
     "suffix": (UserSuffix("Even."), "<|im_start|>user\n2+2?\n\nEven.<|im_end|>\n"),
-    "answer": (
-        Reference("4"),
-        f"<|im_start|>user\n2+2?\n\n{ANSWER.before}4{ANSWER.after}<|im_end|>\n",
-    ),
+    "answer": (Reference("4"), f"<|im_start|>user\n2+2?\n\n{ANSWER.before}4{ANSWER.after}<|im_end|>\n"),
     "solution": (
         Reference("{text}", "solution"),
         f"<|im_start|>user\n2+2?\n\n{SOLUTION.before}{{text}}{SOLUTION.after}<|im_end|>\n",
@@ -340,9 +289,9 @@ def test_privileged_ids_stand_before_the_prompt(run: LoopThread, teacher: Teache
     told, composed, plain = run(
         teacher.score(
             [
-                replace(GOOD, privileged=PrivilegedIds(secret)),
-                replace(GOOD, prompt=np.concatenate([secret, PROMPT])),
-                GOOD,
+                replace(ITEM, privileged=PrivilegedIds(secret)),
+                replace(ITEM, prompt=np.concatenate([secret, PROMPT])),
+                ITEM,
             ]
         )
     )
@@ -356,7 +305,7 @@ def test_generation_continues_the_prefix(run: LoopThread, teacher: Teacher, tiny
     [result] = run(teacher.generate([item]))
     [sample] = result.samples
     assert sample.finish_reason == "length"
-    rows_TV = reference_rows(tiny_model, [*PROMPT, *prefix], sample.token_ids, 1.0)
+    rows_TV = logprobs_TV(plain_model(tiny_model), [*PROMPT, *prefix], sample.token_ids)
     # Greedy: each written id is the row's most likely one, with its log-prob under log_softmax(logits).
     np.testing.assert_array_equal(sample.token_ids, rows_TV.argmax(1))
     assert_close(sample.logprobs, rows_TV.max(1))
@@ -378,6 +327,7 @@ def test_samples_score_as_they_were_drawn(run: LoopThread, teacher: Teacher) -> 
 
 
 GENERATE = GenerateItem(PROMPT, max_new_tokens=4)
+
 GENERATE_REFUSED = {
     "max_new_tokens": (replace(GENERATE, max_new_tokens=0), "max_new_tokens"),
     "temperature": (replace(GENERATE, temperature=-1.0), "temperature"),
@@ -412,7 +362,7 @@ def test_older_weights_are_refused_for_generation_too(run: LoopThread, teacher: 
 
 @pytest.mark.slow
 def test_engines_agree(run: LoopThread, transformers_server: Server, vllm_server: Server) -> None:
-    items = [full_item(), replace(full_item(), temperature=1.3), GOOD]
+    items = [full_item(), replace(full_item(), temperature=1.3), ITEM]
     results = []
     for server in (transformers_server, vllm_server):
         teacher = server.connect("grpc")
