@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -20,8 +22,11 @@ START_S = 240.0
 
 _NAMES = {"spawn_main", "EngineCore"}
 ANY_PORTS = ("--http-port", "0", "--grpc-port", "0")
+TINY_TRANSFORMERS = ("--engine", "transformers", "--threads", "1", *ANY_PORTS)
 TINY_VLLM = ("--engine", "vllm", "--threads", "1", "--kv-cache-gib", "0.25", "--dtype", "float32", *ANY_PORTS)
-"""Flags of a vLLM server over the tiny model."""
+"""Flags of a server over the tiny model."""
+
+STOP_S = 60.0
 
 
 class ServerProcess:
@@ -49,9 +54,18 @@ class ServerProcess:
                 raise
 
     def engines(self) -> list[psutil.Process]:
-        """vLLM's engine process, from the moment it is spawned and before it has named itself."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if _NAMES & set(re.findall(r"\w+", " ".join(child.cmdline())))]
+        """vLLM's engine process, from the moment it is spawned and before it has named itself; none that has ended."""
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # a zombie is none either
+                if _NAMES & set(re.findall(r"\w+", " ".join(child.cmdline()))):
+                    found.append(child)
+        return found
+
+    def stop(self, signum: signal.Signals = signal.SIGTERM) -> None:
+        """Ends it by that signal; fails where it does not drain and end with 0."""
+        self.process.send_signal(signum)
+        assert self.process.wait(STOP_S) == 0, self.log.read_text()
 
     def kill(self) -> None:
         """Kills the server and its engine, whatever is left of them."""

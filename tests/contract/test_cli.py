@@ -22,8 +22,7 @@ from protos.records import GenerateItem, GenerateRequest, ScoreItem, WeightsUpda
 from tests.authority import Authority
 from tests.harness import ROOT, LoopThread, collector
 from tests.lora import build_adapter
-from tests.server_process import PROGRAM, START_S
-from tests.server_process import ServerProcess as Process
+from tests.server_process import ANY_PORTS, PROGRAM, START_S, TINY_TRANSFORMERS, TINY_VLLM, ServerProcess
 
 
 def finish(*args: str) -> subprocess.CompletedProcess[str]:
@@ -122,7 +121,7 @@ def test_an_open_door_is_warned_of(tiny_model: Path) -> None:
 
 @pytest.mark.slow
 def test_a_folder_without_a_model_is_one_sentence(tmp_path: Path) -> None:
-    args = ("--engine", "transformers", "--http-port", "0", "--grpc-port", "0")
+    args = ("--engine", "transformers", *ANY_PORTS)
     assert_one_sentence(finish("serve", "--model", str(tmp_path), *args), "cannot load", str(tmp_path))
 
 
@@ -143,22 +142,18 @@ def test_a_missing_adapter_is_one_sentence(tiny_model: Path) -> None:
 
 @pytest.mark.slow
 def test_a_folder_without_an_adapter_is_one_sentence(tiny_model: Path, tmp_path: Path) -> None:
-    args = ("--engine", "transformers", "--http-port", "0", "--grpc-port", "0", "--teacher", f"rlvr={tmp_path}")
+    args = ("--engine", "transformers", *ANY_PORTS, "--teacher", f"rlvr={tmp_path}")
     assert_one_sentence(finish("serve", "--model", str(tiny_model), *args), str(tmp_path), "adapter_config.json")
 
 
 @pytest.fixture
-def process(tiny_model: Path, tmp_path: Path) -> Iterator[Process]:
-    args = ("--engine", "transformers", "--threads", "1", "--http-port", "0", "--grpc-port", "0", "--name", "teacher")
-    started = Process(tiny_model, tmp_path, *args)
-    yield started
-    if started.process.poll() is None:
-        started.process.kill()
-    started.process.wait()
+def process(tiny_model: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(tiny_model, tmp_path, *TINY_TRANSFORMERS, "--name", "teacher") as process:
+        yield process
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_what_is_in_flight(run: LoopThread, process: Process) -> None:
+def test_sigterm_finishes_what_is_in_flight(run: LoopThread, process: ServerProcess) -> None:
     assert process.ready["pid"] == process.process.pid
 
     async def scenario() -> None:
@@ -179,6 +174,12 @@ def test_sigterm_finishes_what_is_in_flight(run: LoopThread, process: Process) -
     assert process.process.wait(30) == 0, process.log.read_text()
 
 
+async def score_once(url: str) -> None:
+    async with connect(url) as teacher:
+        [result] = await teacher.score([ScoreItem(np.array([1, 2], np.int32), np.array([3], np.int32))])
+        assert result.num_tokens == 1
+
+
 async def score_for_ever(teacher: Teacher) -> None:
     while True:
         await teacher.score([ScoreItem(np.array([1], np.int32), np.array([2], np.int32))])
@@ -189,14 +190,9 @@ def request(items: list[GenerateItem]) -> GenerateRequest:
 
 
 @pytest.mark.slow
-def test_the_log_has_one_line_a_request(run: LoopThread, process: Process) -> None:
-    async def scenario() -> None:
-        async with connect(process.ready["grpc_url"]) as teacher:
-            await teacher.score([ScoreItem(np.array([1, 2], np.int32), np.array([3], np.int32))])
-
-    run(scenario())
-    os.kill(process.process.pid, signal.SIGINT)
-    assert process.process.wait(30) == 0
+def test_the_log_has_one_line_a_request(run: LoopThread, process: ServerProcess) -> None:
+    run(score_once(process.ready["grpc_url"]))
+    process.stop(signal.SIGINT)
     lines = [json.loads(line) for line in process.log.read_text().splitlines() if line.startswith("{")]
     [line] = [line for line in lines if line["event"] == "request"]
     assert (line["operation"], line["num_items"], line["num_context_tokens"], line["num_new_tokens"]) == (
@@ -216,9 +212,7 @@ def test_a_guarded_server_never_logs_a_token(run: LoopThread, tiny_model: Path, 
     tokens.write_text(f'trainer = {{ token = "{secret}", scopes = ["score"] }}')
     tokens.chmod(0o600)
     cert, key = map(str, authority.server)
-    args = ("--engine", "transformers", "--threads", "1", "--http-port", "0", "--grpc-port", "0")
-    args += ("--tokens", str(tokens), "--tls-cert", cert, "--tls-key", key)
-    process = Process(tiny_model, tmp_path, *args)
+    args = (*TINY_TRANSFORMERS, "--tokens", str(tokens), "--tls-cert", cert, "--tls-key", key)
 
     async def scenario(url: str) -> None:
         tls = Tls(ca=authority.ca)
@@ -231,15 +225,10 @@ def test_a_guarded_server_never_logs_a_token(run: LoopThread, tiny_model: Path, 
             with pytest.raises(Unauthenticated):
                 await teacher.score([item])
 
-    try:
+    with ServerProcess(tiny_model, tmp_path, *args) as process:
         for url in (process.ready["http_url"], process.ready["grpc_url"]):
             run(scenario(url))
-        os.kill(process.process.pid, signal.SIGTERM)
-        assert process.process.wait(30) == 0, process.log.read_text()
-    finally:
-        if process.process.poll() is None:
-            process.process.kill()
-        process.process.wait()
+        process.stop()
     written = process.log.read_text()
     assert '"client": "trainer"' in written
     assert "warning" not in written
@@ -252,22 +241,12 @@ def test_spans_are_sent_before_the_process_ends(run: LoopThread, tiny_model: Pat
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-    with collector() as (url, received):
-        args = ("--engine", "transformers", "--threads", "1", "--http-port", "0", "--grpc-port", "0")
-        process = Process(tiny_model, tmp_path, *args, "--otel-endpoint", url)
-        try:
-
-            async def scenario() -> None:
-                async with connect(process.ready["grpc_url"]) as teacher:
-                    await teacher.score([ScoreItem(np.array([1, 2], np.int32), np.array([3], np.int32))])
-
-            run(scenario())
-            os.kill(process.process.pid, signal.SIGTERM)
-            assert process.process.wait(60) == 0, process.log.read_text()
-        finally:
-            if process.process.poll() is None:
-                process.process.kill()
-            process.process.wait()
+    with (
+        collector() as (url, received),
+        ServerProcess(tiny_model, tmp_path, *TINY_TRANSFORMERS, "--otel-endpoint", url) as process,
+    ):
+        run(score_once(process.ready["grpc_url"]))
+        process.stop()
     [(path, body)] = received
     assert path == "/v1/traces"
     [spans] = ExportTraceServiceRequest.FromString(body).resource_spans
@@ -278,39 +257,27 @@ def test_spans_are_sent_before_the_process_ends(run: LoopThread, tiny_model: Pat
 
 @pytest.mark.slow
 def test_vllm_serves_and_ends(run: LoopThread, tiny_model: Path, tmp_path: Path) -> None:
-    args = ("--engine", "vllm", "--threads", "1", "--http-port", "0", "--grpc-port", "0", "--kv-cache-gib", "0.25")
-    process = Process(tiny_model, tmp_path, *args, "--dtype", "float32")
-    try:
+    async def named(url: str) -> tuple[str, ...]:
+        async with connect(url) as stock:
+            return (await stock.info()).teachers
 
-        async def scenario() -> tuple[str, ...]:
-            async with connect(process.ready["http_url"]) as teacher:
-                [result] = await teacher.score([ScoreItem(np.array([1, 2], np.int32), np.array([3], np.int32))])
-                assert result.num_tokens == 1
-            async with connect(f"openai+{process.ready['http_url']}") as stock:
-                return (await stock.info()).teachers
-
-        assert run(scenario()) == ("base",)
-        os.kill(process.process.pid, signal.SIGTERM)
-        assert process.process.wait(60) == 0, process.log.read_text()
-    finally:
-        if process.process.poll() is None:
-            process.process.kill()
-        process.process.wait()
+    with ServerProcess(tiny_model, tmp_path, *TINY_VLLM) as process:
+        run(score_once(process.ready["http_url"]))
+        assert run(named(f"openai+{process.ready['http_url']}")) == ("base",)
+        process.stop()
 
 
 @pytest.mark.slow
 def test_adapters_are_served_and_changed_as_the_flags_say(run: LoopThread, tiny_model: Path, tmp_path: Path) -> None:
     adapter = build_adapter(tmp_path, tiny_model, seed=1)
-    args = ("--engine", "transformers", "--threads", "1", "--http-port", "0", "--grpc-port", "0")
     secret = "of-the-operator-alone"
     tokens = tmp_path / "tokens.toml"
     tokens.write_text(f'[operator]\ntoken = "{secret}"\nscopes = ["score", "admin"]\n')
     tokens.chmod(0o600)
     flags = ("--teacher", f"rlvr={adapter}", "--max-adapters", "2", "--tokens", str(tokens))
-    process = Process(tiny_model, tmp_path, *args, *flags, "--weights-root", str(tmp_path))
 
-    async def scenario() -> None:
-        async with connect(process.ready["http_url"], token=secret) as teacher:
+    async def scenario(url: str) -> None:
+        async with connect(url, token=secret) as teacher:
             assert (await teacher.info()).teachers == ("base", "rlvr")
             await teacher.update_weights(WeightsUpdate("sft", 1, path=adapter.name))
             ids = np.arange(8, dtype=np.int32)
@@ -319,18 +286,14 @@ def test_adapters_are_served_and_changed_as_the_flags_say(run: LoopThread, tiny_
             np.testing.assert_array_equal(rlvr, sft)
             assert np.abs(rlvr - base).max() > 0.1
 
-    try:
-        run(scenario())
-        os.kill(process.process.pid, signal.SIGTERM)
-        assert process.process.wait(30) == 0, process.log.read_text()
-    finally:
-        if process.process.poll() is None:
-            process.process.kill()
-        process.process.wait()
+    args = (*TINY_TRANSFORMERS, *flags, "--weights-root", str(tmp_path))
+    with ServerProcess(tiny_model, tmp_path, *args) as process:
+        run(scenario(process.ready["http_url"]))
+        process.stop()
 
 
 @pytest.mark.slow
-def test_clients_on_loops_of_their_own(process: Process) -> None:
+def test_clients_on_loops_of_their_own(process: ServerProcess) -> None:
     # A synchronous trainer's way: a Runner, and connections that live as long as it.
     item = ScoreItem(np.array([1, 2], np.int32), np.array([3], np.int32))
     with asyncio.Runner() as runner:

@@ -21,7 +21,7 @@ from student_trainer.student import load_student
 from student_trainer.study.toy import build_toy_model
 from student_trainer.tasks import ToyTask, build_task
 from tests.harness import LoopThread, served
-from tests.server_process import ANY_PORTS, ServerProcess
+from tests.server_process import TINY_TRANSFORMERS, ServerProcess
 from tests.tiny_model import build_tiny_qwen3
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ def url(tmp_path_factory, model):
             for name, scopes in SCOPES.items()
         )
     )
-    flags = ("--engine", "transformers", "--threads", "1", "--tokens", str(tokens), *ANY_PORTS)
+    flags = (*TINY_TRANSFORMERS, "--tokens", str(tokens))
     with ServerProcess(model, folder, *flags) as server:
         yield server.ready["grpc_url"]
 
