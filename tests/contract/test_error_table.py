@@ -27,6 +27,7 @@ from protos.records import (
 from protos.service import GenerateStream, ScoreStream
 from protos.wire import PROTOBUF_TYPE, SCORE
 from tests.harness import LoopThread, serving
+from tests.records import score_result
 
 IDS = np.array([1, 2], np.int32)
 REQUEST = ScoreRequest((ScoreItem(IDS, IDS), ScoreItem(IDS, IDS)))
@@ -45,14 +46,8 @@ class Failing:
     async def score_stream(
         self, request: ScoreRequest, *, timeout_s: float | None = None, client: str = ""
     ) -> ScoreStream:
-        none = np.empty((2, 0), np.float32)
         for index in self._indices(request):
-            yield (
-                index,
-                ScoreResult(
-                    np.zeros(2, np.float32), none.astype(np.int32), none, none, None, 0, 2, 0, 0.0, 0.0, crc32_of(IDS)
-                ),
-            )
+            yield index, score_result(np.zeros(2), num_context_tokens=2, completion_crc32=crc32_of(IDS))
         for index in range(1, len(request.items)):
             assert self.in_band is not None
             yield index, self.in_band

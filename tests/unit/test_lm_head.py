@@ -2,7 +2,6 @@
 
 import copy
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,20 +24,8 @@ from student_trainer import lm_head
 from student_trainer.collate import Batch, collate, completion_logits
 from student_trainer.lm_head import LmHead, completion_hidden, find_head, logit_chunks
 from student_trainer.losses import log_probs, token_mean
+from tests.families import SHAPE, V, build
 
-V = 97
-SHAPE: dict[str, Any] = {
-    "vocab_size": V,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 FAMILIES = {
     "qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=True),
     "llama": LlamaConfig(**SHAPE),
@@ -47,16 +34,6 @@ FAMILIES = {
     "granite": GraniteConfig(**SHAPE, logits_scaling=4.0),
     "cohere": CohereConfig(**{k: v for k, v in SHAPE.items() if k != "head_dim"}, logit_scale=0.25),
 }
-
-
-def build(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=dtype, attn_implementation="sdpa")
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" not in name:
-                weight.mul_(10)  # logits of order 1, where a cap bends them
-    return model
 
 
 def build_batch() -> Batch:
@@ -100,7 +77,7 @@ def test_value_and_gradients_are_those_of_all_logits_at_once(family: str, monkey
     # Gemma's and Cohere's norms compute in float32, whatever the model's precision.
     double = 1e-12 if family in ("qwen3", "llama", "granite") else 1e-6
     for dtype, atol in ((torch.float64, double), (torch.float32, 1e-6)):
-        model, batch = build(family, dtype), build_batch()
+        model, batch = build(FAMILIES[family], dtype), build_batch()
         head = find_head(model)
         loss, expected = plain(model, batch)
         for micro_batch_size in (4, 3, 1):
@@ -113,7 +90,7 @@ def test_value_and_gradients_are_those_of_all_logits_at_once(family: str, monkey
 
 def test_the_cap_and_the_scale_are_found_and_matter() -> None:
     for family, name in (("gemma2", "_capped"), ("granite", "div"), ("cohere", "mul"), ("llama", None)):
-        finish = find_head(build(family)).finish
+        finish = find_head(build(FAMILIES[family])).finish
         assert (finish.func.__name__ if isinstance(finish, partial) else None) == name
         logits = torch.tensor([8.0])
         # 3 tanh(8/3), 8/4, 8 * 0.25, 8
@@ -129,7 +106,7 @@ def test_a_fresh_models_tiny_logits_do_not_hide_the_cap() -> None:
 
 
 def test_peft_models_train_by_chunks_too() -> None:
-    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    model = get_peft_model(build(FAMILIES["llama"]), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
@@ -145,7 +122,7 @@ def test_peft_models_train_by_chunks_too() -> None:
 
 
 def test_without_gradients_the_chunks_are_the_logits_and_nothing_is_left_behind() -> None:
-    model, batch = build("gemma2"), build_batch()
+    model, batch = build(FAMILIES["gemma2"]), build_batch()
     with torch.no_grad():
         [(logits, tokens)] = list(logit_chunks(model, find_head(model), completion_hidden(model, batch), batch))
         torch.testing.assert_close(logits[0], completion_logits(model, batch)[batch.mask_BT], rtol=0, atol=1e-12)
@@ -170,7 +147,7 @@ class MostLogits(TorchDispatchMode):
 
 def test_no_tensor_is_full_width_for_more_tokens_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm_head, "CHUNK_LOGITS", 3 * V)
-    model, batch = build("llama"), build_batch()
+    model, batch = build(FAMILIES["llama"]), build_batch()
     head = find_head(model)
     with MostLogits() as all_at_once:
         plain(model, batch)
@@ -181,7 +158,7 @@ def test_no_tensor_is_full_width_for_more_tokens_than_a_chunk(monkeypatch: pytes
 
 
 def test_a_model_that_does_something_else_to_its_logits_is_refused() -> None:
-    model = build("llama")
+    model = build(FAMILIES["llama"])
     model.register_forward_hook(lambda _m, _a, output: output.__class__(logits=output.logits.square()))
     with pytest.raises(ValueError, match="LlamaForCausalLM does more between its LM head and its logits"):
         find_head(model)

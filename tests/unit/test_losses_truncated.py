@@ -1,10 +1,9 @@
 """Every truncated loss against its closed form, in float64 unless the precision is the point.
 
-p, q student and teacher; m = 1 on the support; P, Q the masses on it; r = log p - log q; z the student's logits.
+The symbols are those of tests/truncated_losses.py.
 """
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,83 +11,24 @@ from torch import Tensor
 
 from student_trainer.losses import (
     Support,
-    biased_reverse_kl,
     forward_kl,
     gather,
     intersection_support,
     log_probs,
     log_tail,
-    renormalised_forward_kl,
-    renormalised_reverse_kl,
     reverse_kl,
     stop_gradient_reverse_kl,
     student_support,
-    tail_forward_kl,
     tail_reverse_kl,
     teacher_support,
     union_support,
 )
+from tests.truncated_losses import FUNCTIONS, LOSSES, VOCAB, closed_form, logits_pair, members, tensor
 
-VOCAB = 9
 OWNERS = ["student", "teacher", "intersection", "union"]
 
-
-def of_support(loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Support], Tensor]:
-    """A loss of (log p, log q, support), both over the whole vocabulary, from one of the support's entries."""
-    return lambda logp, logq, support: loss(gather(logp, support), gather(logq, support), support.mask_BTS)
-
-
-def with_tail(loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Support], Tensor]:
-    return lambda logp, logq, support: loss(
-        gather(logp, support), log_tail(logp, support), gather(logq, support), support.mask_BTS
-    )
-
-
-LOSSES = {
-    "stop_gradient": of_support(stop_gradient_reverse_kl),
-    "biased": of_support(biased_reverse_kl),
-    "renormalised_reverse": of_support(renormalised_reverse_kl),
-    "renormalised_forward": of_support(renormalised_forward_kl),
-    "tail_reverse": with_tail(tail_reverse_kl),
-    "tail_forward": with_tail(tail_forward_kl),
-}
 DIVERGENCES = ["renormalised_reverse", "renormalised_forward", "tail_reverse", "tail_forward"]
 """Those that are one: not negative, and 0 where p = q on the support."""
-
-
-def closed_form(name: str, p: Tensor, q: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    """Value [B, T] and gradient with respect to the logits [B, T, V], from the textbook's formulas."""
-    P, Q = (m * p).sum(-1, keepdim=True), (m * q).sum(-1, keepdim=True)
-    r = (p / q).log()
-    L = (m * p * r).sum(-1, keepdim=True)
-    tail_p, tail_q = ((1 - m) * p).sum(-1, keepdim=True), ((1 - m) * q).sum(-1, keepdim=True)
-    r_tail = torch.where(tail_p > 0, (tail_p / tail_q).log(), 0.0)
-    match name:
-        case "stop_gradient":
-            return L[..., 0], p * (m * r - L)
-        case "biased":
-            return L[..., 0], p * (m * (r + 1) - L - P)
-        case "renormalised_reverse":
-            r_bar = r - (P / Q).log()
-            L = (m * p / P * r_bar).sum(-1, keepdim=True)
-            return L[..., 0], m * p / P * (r_bar - L)
-        case "renormalised_forward":
-            value = (m * q / Q * ((P / Q).log() - r)).sum(-1)
-            return value, m * (p / P - q / Q)
-        case "tail_reverse":
-            L = L + tail_p * r_tail
-            return L[..., 0], p * (m * r + (1 - m) * r_tail - L)
-        case "tail_forward":
-            value = -(m * q * r).sum(-1) - (tail_q * r_tail)[..., 0]
-            off = torch.where(tail_p > 0, tail_q * p / tail_p, 0.0)
-            return value, p - m * q - (1 - m) * off
-    raise AssertionError(name)
-
-
-def logits_pair(seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = 2 * torch.randn(2, 2, 3, VOCAB, generator=generator, dtype=torch.float64)
-    return student.requires_grad_(), teacher
 
 
 def supported(owner: str, logp: Tensor, logq: Tensor, k: int) -> Support:
@@ -102,14 +42,6 @@ def supported(owner: str, logp: Tensor, logq: Tensor, k: int) -> Support:
             return union_support(student_ids, teacher_ids)
         case _:
             return intersection_support(student_ids, teacher_ids)
-
-
-def members(support: Support, like: Tensor) -> Tensor:
-    return torch.zeros_like(like).scatter_add(-1, support.ids_BTS.clamp(min=0), support.mask_BTS.to(like.dtype))
-
-
-def tensor(*rows: list[float]) -> Tensor:
-    return torch.tensor([list(rows)], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("owner", OWNERS)
@@ -197,48 +129,6 @@ def test_the_bias_of_the_unnormalised_loss_is_the_gradient_of_the_mass_and_its_t
     assert torch.equal((gradients[0] < 0)[on_support], ((logq - logp).exp() > threshold)[on_support])
 
 
-Q5 = [0.4, 0.3, 0.15, 0.1, 0.05]
-FIXED = [0, 1, 3]
-"""Ids of the support in the descents: Q = 0.8."""
-
-
-def descend(name: str, *, rate: float = 4.0, num_steps: int = 700) -> Tensor:
-    """p after gradient descent on the logits, with the support fixed: [5]."""
-    logq = tensor(Q5).log()
-    z = tensor([0.0, -1.0, 1.0, 0.5, 2.0]).requires_grad_()
-    support = teacher_support(torch.tensor([[FIXED]]))
-    for _ in range(num_steps):
-        (gradient,) = torch.autograd.grad(LOSSES[name](log_probs(z, 1.0), logq, support).sum(), z)
-        with torch.no_grad():
-            z -= rate * gradient
-    return log_probs(z, 1.0).exp().detach()[0, 0]
-
-
-@pytest.mark.parametrize("name", ["stop_gradient", "tail_reverse", "tail_forward"])
-def test_descent_stops_at_p_equal_q_on_the_support(name: str) -> None:
-    p = descend(name)
-    assert p[FIXED].tolist() == pytest.approx([0.4, 0.3, 0.1], abs=1e-12)
-    # P = Q = 0.8. Off the support only the total is calibrated: p = q would need 0.15 and 0.05 there.
-    assert p[[2, 4]].sum().item() == pytest.approx(0.2, abs=1e-12)
-    assert abs(p[4].item() - 0.05) > 0.04
-
-
-def test_descent_of_the_unnormalised_loss_leaks_mass_until_a_share_of_1_in_e_is_left() -> None:
-    p = descend("biased")
-    assert p[FIXED].tolist() == pytest.approx([0.4 / math.e, 0.3 / math.e, 0.1 / math.e], abs=1e-12)
-    loss = LOSSES["biased"](p.log()[None, None], tensor(Q5).log(), teacher_support(torch.tensor([[FIXED]])))
-    assert loss.item() == pytest.approx(-0.8 / math.e, abs=1e-12)
-
-
-@pytest.mark.parametrize("name", ["renormalised_reverse", "renormalised_forward"])
-def test_descent_of_a_renormalised_loss_leaves_the_mass_and_what_is_outside_alone(name: str) -> None:
-    p = descend(name)
-    assert (p[FIXED] / p[FIXED].sum()).tolist() == pytest.approx([4 / 8, 3 / 8, 1 / 8], abs=1e-12)
-    # Logits of ids 2 and 4 began 1 apart and got no gradient: the ratio of their probabilities is e still.
-    assert (p[4] / p[2]).item() == pytest.approx(math.e, abs=1e-9)
-    assert abs(p[FIXED].sum().item() - 0.8) > 0.1
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 20, 500])
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "biased"])
@@ -315,15 +205,7 @@ def test_masked_entries_count_for_nothing_whatever_they_hold(name: str, junk: fl
         torch.where(support.mask_BTS, gather(logq, support), junk),
     )
     tail = (log_tail(logp, support),) if "tail" in name else ()
-    function = {
-        "stop_gradient": stop_gradient_reverse_kl,
-        "biased": biased_reverse_kl,
-        "renormalised_reverse": renormalised_reverse_kl,
-        "renormalised_forward": renormalised_forward_kl,
-        "tail_reverse": tail_reverse_kl,
-        "tail_forward": tail_forward_kl,
-    }[name]
-    loss = function(with_junk[0], *tail, with_junk[1], support.mask_BTS)
+    loss = FUNCTIONS[name](with_junk[0], *tail, with_junk[1], support.mask_BTS)
     expected = LOSSES[name](logp, logq, only)
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-15)
     (gradient,) = torch.autograd.grad(loss.sum(), z, retain_graph=True)

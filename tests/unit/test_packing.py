@@ -26,20 +26,8 @@ from student_trainer.stages.sft import Sft
 from student_trainer.student import load_student
 from student_trainer.study.toy import build_toy_model
 from student_trainer.tasks import ToyTask, build_task
+from tests.families import SHAPE, V, build
 
-V = 97
-SHAPE: dict[str, Any] = {
-    "vocab_size": V,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 FAMILIES = {
     "qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=True),
     "llama": LlamaConfig(**SHAPE),
@@ -49,16 +37,6 @@ FAMILIES = {
 }
 LENGTHS = ((5, 8), (2, 3), (7, 1), (1, 2), (3, 6), (2, 1))
 """Prompt and completion tokens: 13, 5, 8, 3, 9 and 3, which fit into rows of 13 as 13, 9 + 3, 8 + 5 and 3."""
-
-
-def build(family: str, dtype: torch.dtype) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=dtype, attn_implementation="sdpa")
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" not in name:
-                weight.mul_(10)  # as sharp as a trained model's attention
-    return model.eval()
 
 
 def texts(seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -86,7 +64,7 @@ def loss_and_gradients(model: PreTrainedModel, batch: Batch) -> tuple[float, dic
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_texts_alone_in_their_rows(family: str) -> None:
     for dtype in (torch.float64, torch.float32):
-        model, batch = build(family, dtype), collate(*texts())
+        model, batch = build(FAMILIES[family], dtype), collate(*texts())
         loss, expected = loss_and_gradients(model, batch)
         packed_loss, actual = loss_and_gradients(model, batch.packed())
         assert packed_loss == pytest.approx(loss, abs=1e-6)
@@ -99,7 +77,7 @@ def test_loss_and_gradients_are_those_of_texts_alone_in_their_rows(family: str) 
 @torch.no_grad()
 def test_a_text_never_sees_its_neighbours(family: str) -> None:
     """All texts but one are changed, before and behind it in its row: not one bit of its hidden states is another."""
-    model = build(family, torch.float32)
+    model = build(FAMILIES[family], torch.float32)
     prompts, completions = texts(0)
     other_prompts, other_completions = texts(1)
     lengths = [len(completion) for completion in completions]
@@ -170,7 +148,7 @@ def test_the_stage_takes_the_same_step_packed(tmp_path: Any) -> None:
 
 def test_models_that_keep_texts_apart_are_found_out() -> None:
     for family in FAMILIES:
-        check_packing(build(family, torch.float32))
+        check_packing(build(FAMILIES[family], torch.float32))
     shape: dict[str, Any] = {"vocab_size": V, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
     leaky = AutoModelForCausalLM.from_config(MambaConfig(**shape, state_size=4))
     with pytest.raises(ValueError, match=r"MambaForCausalLM lets a text see .*: set stage\.packing to false"):

@@ -17,11 +17,11 @@ from protos.pool.breaker import Breaker
 from protos.pool.dispatch import split
 from protos.pool.retry import RetryBudget, full_jitter
 from protos.records import TeacherInfo, TokenizerFingerprint
+from tests import records
 from tests.harness import LoopThread
 
-INFO = TeacherInfo(
-    teachers=("base",),
-    model="m",
+INFO = replace(
+    records.INFO,
     revision="r",
     weights_version=3,
     tokenizer=TokenizerFingerprint(10, "v", "s", (1,), "c"),
@@ -30,13 +30,9 @@ INFO = TeacherInfo(
     max_candidates=30,
     max_items=40,
     supports=("sampled", "top_k", "entropy"),
-    exact_temperature=True,
     prefix_cache=True,
     dtype="float32",
     engine="vllm",
-    engine_version="1",
-    score_path="runner-rows",
-    determinism="bits",
     reference_templates=("plain", "answer"),
 )
 

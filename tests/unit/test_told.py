@@ -1,21 +1,12 @@
 """What a teacher is told of a problem: from the config's table to the contract's record."""
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from protos.records import (
-    Chat,
-    Message,
-    PrivilegedIds,
-    Reference,
-    SystemText,
-    TeacherInfo,
-    TokenizerFingerprint,
-    UserPrefix,
-    UserSuffix,
-)
+from protos.records import Chat, Message, PrivilegedIds, Reference, SystemText, UserPrefix, UserSuffix
 from student_trainer.config import ConfigError, TrainConfig, parse_config
 from student_trainer.privileged import num_context_tokens, privileged_of, refusals
 from student_trainer.study.toy import toy_tokenizer
@@ -23,28 +14,10 @@ from student_trainer.tasks import Problem
 from student_trainer.text import render_prompt
 from student_trainer.wording import check_wording, fill
 from teacher_server.privileged import compose
+from tests import records
 
 PROBLEM = Problem("p7", (Message("user", "3+5"),), answer="8", reference="3+5={answer};")
-INFO = TeacherInfo(
-    teachers=("base",),
-    model="m",
-    revision="",
-    weights_version=0,
-    tokenizer=TokenizerFingerprint(1, "", "", (), ""),
-    max_context_tokens=1,
-    max_top_k=1,
-    max_candidates=1,
-    max_items=1,
-    supports=(),
-    exact_temperature=True,
-    prefix_cache=False,
-    dtype="",
-    engine="",
-    engine_version="",
-    score_path="",
-    determinism="",
-    reference_templates=("answer", "solution"),
-)
+INFO = replace(records.INFO, reference_templates=("answer", "solution"))
 
 
 def config(privileged: dict, **task) -> TrainConfig:

@@ -8,28 +8,18 @@ import numpy as np
 import pytest
 
 from protos.errors import InvalidRequest
-from protos.records import ScoreItem, TeacherInfo, TokenizerFingerprint
+from protos.records import ScoreItem
 from protos.wire import MAX_MESSAGE_BYTES
 from teacher_server.validate import check_score_item
+from tests import records
 
-INFO = TeacherInfo(
-    teachers=("base",),
-    model="m",
-    revision="",
-    weights_version=0,
-    tokenizer=TokenizerFingerprint(100_000, "", "", (), ""),
+INFO = replace(
+    records.INFO,
     max_context_tokens=2**20,
     max_top_k=1024,
     max_candidates=1024,
-    max_items=8,
-    supports=(),
-    exact_temperature=True,
-    prefix_cache=False,
-    dtype="float32",
-    engine="official",
-    engine_version="1",
+    tokenizer=replace(records.INFO.tokenizer, vocab_size=100_000),
     score_path="official-fields",
-    determinism="",
 )
 IDS = np.array([1], np.int32)
 

@@ -16,6 +16,7 @@ from student_trainer.collate import collate
 from student_trainer.rollout.base import Rollout
 from student_trainer.stages.written import Scoring, covered
 from student_trainer.tasks import Problem
+from tests.records import score_result
 
 
 def rollout(number: int) -> Rollout:
@@ -25,20 +26,7 @@ def rollout(number: int) -> Rollout:
 
 
 def result_of(one: Rollout) -> ScoreResult:
-    none = np.empty((1, 0), np.float32)
-    return ScoreResult(
-        sampled_logprobs=-one.completion_ids.astype(np.float32),
-        top_ids=none.astype(np.int32),
-        top_logprobs=none,
-        candidate_logprobs=none,
-        entropy=None,
-        weights_version=0,
-        num_context_tokens=1,
-        num_cached_tokens=0,
-        queue_s=0.0,
-        engine_s=0.0,
-        completion_crc32=0,
-    )
+    return score_result(-one.completion_ids)
 
 
 class Teacher:
