@@ -25,7 +25,7 @@ help: ## this list
 setup: $(STAMP) ## the virtual environment, from the pinned closure (CPU)
 
 $(STAMP): $(LOCK) pyproject.toml
-	@echo "Setting up $(VENV): about 210 pinned packages, two to five minutes"
+	@echo "Setting up $(VENV): about 220 pinned packages, two to five minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=26"
 	@grep '^torch==' $(LOCK) > $(VENV)/torch.txt
