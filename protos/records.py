@@ -20,6 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from protos import contract
+
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 
@@ -335,6 +337,7 @@ class TeacherInfo:
         served: the same teachers, with what each is.
         weights_transfer: the backend of WeightsTransfer that the server takes, "gloo" or "nccl"; "" when it takes none.
         num_workers: processes that share the model: the ranks of a transfer besides its sender.
+        contract_version: see `protos.contract`; 0 from servers that do not say.
     """
 
     teachers: tuple[str, ...]
@@ -359,6 +362,7 @@ class TeacherInfo:
     served: tuple[ServedTeacher, ...] = ()
     weights_transfer: str = ""
     num_workers: int = 1
+    contract_version: int = contract.VERSION
 
 
 def crc32_of(completion_ids: Int32) -> int:

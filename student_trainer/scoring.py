@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Self, TypeVar
 import numpy as np
 import torch
 
+from protos import contract
 from protos.credentials import Tls
 from protos.fingerprint import UNKNOWN, SpellingVocabulary, differences, spelling_differences
 from protos.records import (
@@ -25,6 +25,7 @@ from protos.records import (
     TokenizerFingerprint,
 )
 from protos.service import Detokenizer
+from protos.together import together
 from student_trainer.client_thread import ClientThread
 from student_trainer.distributed import by_main
 from student_trainer.rollout.base import Rollout, SamplingParams
@@ -131,6 +132,10 @@ class Scorer:
         ):
             if asked > limit:
                 problems.append(f"{name}: {asked} needed, the teacher takes at most {limit}")
+        if wanted.vocab_size:
+            problems += contract.too_old(
+                info.contract_version, contract.SHARED_CANDIDATES, "ids of the whole vocabulary"
+            )
         if (wanted.student_top_k or wanted.vocab_size) and "candidates" not in info.supports:
             whose = "every id" if wanted.vocab_size else "the student's ids"
             problems.append(f"the loss needs scores at {whose}, which this teacher cannot give")
@@ -220,11 +225,11 @@ class Scorer:
         return [items[start : start + limit] for start in range(0, len(items), limit)]
 
     async def _write(self, requests: Sequence[Sequence[GenerateItem]]) -> list[GenerateResult]:
-        replies = await asyncio.gather(*(self._steady.generate(r, timeout_s=self._timeout_s) for r in requests))
+        replies = await together(self._steady.generate(r, timeout_s=self._timeout_s) for r in requests)
         return [result for results in replies for result in results]
 
     async def _score(self, requests: Sequence[Sequence[ScoreItem]]) -> list[ScoreResult]:
-        replies = await asyncio.gather(*(self._steady.score(r, timeout_s=self._timeout_s) for r in requests))
+        replies = await together(self._steady.score(r, timeout_s=self._timeout_s) for r in requests)
         return [result for results in replies for result in results]
 
     def _item(self, rollout: Rollout, wanted: Wanted) -> ScoreItem:

@@ -48,6 +48,7 @@ def merged(infos: Sequence[TeacherInfo]) -> TeacherInfo:
         privileged_kinds=_common([info.privileged_kinds for info in infos]),
         served=_served([info.served for info in infos]),
         reference_templates=_common([info.reference_templates for info in infos]),
+        contract_version=min(info.contract_version for info in infos),
         weights_transfer=infos[0].weights_transfer if len(infos) == 1 else "",
     )
 

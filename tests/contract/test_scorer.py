@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from protos.errors import NotReady
-from protos.records import Message
+from protos.records import Message, TeacherInfo
 from student_trainer.config import parse_config
 from student_trainer.rollout.base import Rollout
 from student_trainer.scoring import Scorer, TeacherMismatch, Wanted
@@ -17,7 +20,13 @@ from student_trainer.stages import build_stage
 from student_trainer.student import load_student
 from student_trainer.study.toy import build_toy_model
 from student_trainer.tasks import Problem, build_task
-from tests.harness import LoopThread, Server
+from teacher_server.admission import Admission
+from teacher_server.core import TeacherCore
+from teacher_server.engines.base import Engine
+from teacher_server.teachers import Teachers
+from teacher_server.tokenizer import ChatTokenizer
+from tests.harness import LoopThread, Server, start_server
+from tests.tiny_model import byte_tokenizer
 
 PROBLEM = Problem("1", (Message("user", "2+2?"),), "4")
 
@@ -55,6 +64,34 @@ def test_a_teacher_that_is_away_leaves_no_thread_and_no_descriptor(url: str) -> 
 
     first = attempt()
     assert max(attempt() for _ in range(3)) <= first
+
+
+class Older(TeacherCore):
+    """A core of before the contract had versions."""
+
+    async def info(self) -> TeacherInfo:
+        return replace(await super().info(), contract_version=0)
+
+
+@pytest.mark.parametrize("scheme", ["http", "grpc", "pool"])
+def test_an_older_server_is_named_before_it_is_asked_for_what_it_does_not_know(
+    run: LoopThread, transformers_engine: Engine, tiny_model: Path, scheme: str
+) -> None:
+    tokenizer = ChatTokenizer.load(str(tiny_model))
+
+    async def start() -> Server:
+        teachers, admission = Teachers(("base",)), Admission(2**20, 2**20)
+        return await start_server(Older(transformers_engine, tokenizer, admission, teachers=teachers, max_items=64))
+
+    server = run(start())
+    try:
+        with Scorer(server.url(scheme), temperature=1.0, timeout_s=60) as scorer:
+            student, shake = scorer.info.tokenizer, partial(scorer.handshake, tokenizer=byte_tokenizer())
+            shake(student, Wanted(student_top_k=1), 100)
+            with pytest.raises(TeacherMismatch, match=r"speaks version 0 .* need version 1: update the server$"):
+                shake(student, Wanted(vocab_size=student.vocab_size), 100)
+    finally:
+        run(server.stop())
 
 
 def test_a_teacher_that_does_not_fit_is_let_go(

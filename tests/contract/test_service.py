@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from protos import contract
 from protos.client import Teacher
 from protos.errors import Conflict, ContextTooLong, InvalidRequest, TeacherError, UnknownTeacher
 from protos.fingerprint import tokenizer_fingerprint
@@ -151,6 +152,7 @@ def test_info_is_the_handshake(run: LoopThread, teacher: Teacher) -> None:
     assert info.supports == ("sampled", "top_k", "candidates", "entropy")
     assert info.reference_templates == ("plain", "answer", "solution")
     assert tokenizer.chat_template == CHATML
+    assert info.contract_version == contract.VERSION
 
 
 @pytest.mark.parametrize("name", ["", "base", "same"])

@@ -11,7 +11,7 @@ class GetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetInfoResponse(_message.Message):
-    __slots__ = ("teachers", "model", "revision", "weights_version", "tokenizer", "max_context_tokens", "max_top_k", "max_candidates", "max_items", "supports", "exact_temperature", "prefix_cache", "dtype", "engine", "engine_version", "score_path", "determinism", "privileged_kinds", "reference_templates", "served", "weights_transfer", "num_workers")
+    __slots__ = ("teachers", "model", "revision", "weights_version", "tokenizer", "max_context_tokens", "max_top_k", "max_candidates", "max_items", "supports", "exact_temperature", "prefix_cache", "dtype", "engine", "engine_version", "score_path", "determinism", "privileged_kinds", "reference_templates", "served", "weights_transfer", "num_workers", "contract_version")
     TEACHERS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,7 @@ class GetInfoResponse(_message.Message):
     SERVED_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_TRANSFER_FIELD_NUMBER: _ClassVar[int]
     NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
+    CONTRACT_VERSION_FIELD_NUMBER: _ClassVar[int]
     teachers: _containers.RepeatedScalarFieldContainer[str]
     model: str
     revision: str
@@ -56,7 +57,8 @@ class GetInfoResponse(_message.Message):
     served: _containers.RepeatedCompositeFieldContainer[ServedTeacher]
     weights_transfer: str
     num_workers: int
-    def __init__(self, teachers: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_version: _Optional[int] = ..., tokenizer: _Optional[_Union[TokenizerFingerprint, _Mapping]] = ..., max_context_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_items: _Optional[int] = ..., supports: _Optional[_Iterable[str]] = ..., exact_temperature: _Optional[bool] = ..., prefix_cache: _Optional[bool] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., score_path: _Optional[str] = ..., determinism: _Optional[str] = ..., privileged_kinds: _Optional[_Iterable[str]] = ..., reference_templates: _Optional[_Iterable[str]] = ..., served: _Optional[_Iterable[_Union[ServedTeacher, _Mapping]]] = ..., weights_transfer: _Optional[str] = ..., num_workers: _Optional[int] = ...) -> None: ...
+    contract_version: int
+    def __init__(self, teachers: _Optional[_Iterable[str]] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_version: _Optional[int] = ..., tokenizer: _Optional[_Union[TokenizerFingerprint, _Mapping]] = ..., max_context_tokens: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_candidates: _Optional[int] = ..., max_items: _Optional[int] = ..., supports: _Optional[_Iterable[str]] = ..., exact_temperature: _Optional[bool] = ..., prefix_cache: _Optional[bool] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., engine_version: _Optional[str] = ..., score_path: _Optional[str] = ..., determinism: _Optional[str] = ..., privileged_kinds: _Optional[_Iterable[str]] = ..., reference_templates: _Optional[_Iterable[str]] = ..., served: _Optional[_Iterable[_Union[ServedTeacher, _Mapping]]] = ..., weights_transfer: _Optional[str] = ..., num_workers: _Optional[int] = ..., contract_version: _Optional[int] = ...) -> None: ...
 
 class ServedTeacher(_message.Message):
     __slots__ = ("name", "kind", "weights_version")
