@@ -92,6 +92,11 @@ class Teacher(TeacherService, TeacherAdmin, Protocol):
         await self.aclose()
 
 
+def is_pool(url: str) -> bool:
+    """Whether the URL is one of `POOL_FORMS`."""
+    return "," in url or url.startswith("dns+")
+
+
 def connect(url: str, *, token: str | None = None, tls: Tls | None = None) -> Teacher:
     """The teacher at `url`, or the pool of replicas that it names; nothing is sent before the first call.
 
@@ -103,7 +108,7 @@ def connect(url: str, *, token: str | None = None, tls: Tls | None = None) -> Te
         InvalidRequest: the URL is not one of `URL_FORMS` or `POOL_FORMS`, or the token or a file of `tls` cannot be
             used.
     """
-    if "," in url or url.startswith("dns+"):
+    if is_pool(url):
         from protos.pool import TeacherPool
 
         return TeacherPool(url, partial(connect, token=token, tls=tls))

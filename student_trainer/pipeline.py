@@ -57,7 +57,7 @@ class Pipeline(Generic[T]):
         Steps are asked for in order; after a step back, what was begun is given up.
         """
         if self._queue and self._queue[0].step != step:
-            self.close()
+            self.give_up()
         first = self._queue[-1].step + 1 if self._queue else step
         for ahead in range(first, min(step + self._max_staleness, self._last_before_checkpoint(step)) + 1):
             self._queue.append(_Entry(ahead, step, self._begin(ahead)))
@@ -65,8 +65,8 @@ class Pipeline(Generic[T]):
         self._taken = entry.begun
         return entry.begun, step - entry.begun_at
 
-    def close(self) -> None:
-        """Gives up what was begun ahead, and what is still missing of the step taken last."""
+    def give_up(self) -> None:
+        """Gives up what was begun ahead, and what is still missing of the step taken last, which may be begun anew."""
         if self._taken is not None:
             self._taken.cancel()
         while self._queue:

@@ -61,6 +61,7 @@ class WeightsSync:
         self._teacher = teacher or client.info.teachers[0]
         served = {one.name: one.weights_version for one in client.info.served}
         self.version = served.get(self._teacher, client.info.weights_version)
+        self._unheard_of: int | None = None
         self._timeout_s = timeout_s
 
     def push(self, model: PreTrainedModel, dtype: torch.dtype) -> int:
@@ -105,12 +106,15 @@ class WeightsSync:
                     f"fit ({error}): serve the student's own model there"
                 ) from error
             except Conflict:
-                # An attempt whose reply was lost may have gone through: then the version is the one sent.
+                # Somebody else's, unless an attempt of ours whose reply was lost has gone through.
+                if self._unheard_of != update.version:
+                    raise
                 info = await self._client.teacher.info()
                 if {one.name: one.weights_version for one in info.served}.get(self._teacher) != update.version:
                     raise
                 return update.version
             except TeacherError as error:
+                self._unheard_of = update.version
                 if wait_s is None or not error.row.retryable:
                     raise
                 await asyncio.sleep(wait_s)

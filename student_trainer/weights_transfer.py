@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from protos.client import Teacher
+from protos.client import Teacher, is_pool
 from protos.errors import PermissionDenied, TeacherError
 from protos.records import ServedTeacher, TeacherInfo, TransferredTensor, WeightsTransfer, WeightsUpdate
 from protos.wire import TENSOR_DTYPES
@@ -18,6 +18,27 @@ from student_trainer.weights_senders import GlooSender, NcclSender, Sender
 
 TENSOR_NAMES = {getattr(torch, name): key for key, name in TENSOR_DTYPES.items()}
 """safetensors' name of each type."""
+
+
+def check_takes_transfers(info: TeacherInfo, url: str, table: str) -> None:
+    """Refuses, before a run begins, a server that `transfer` cannot carry weights to.
+
+    Args:
+        table: of the config, in which `url` and `weights_by` are.
+
+    Raises:
+        ConfigError: it is a pool, or takes none.
+    """
+    if is_pool(url):
+        raise ConfigError(
+            f'{table}.weights_by is "transfer" and {table}.url {url} a pool, and a transfer is to one server: name '
+            f'that server, or set {table}.weights_by to "stream", which sends them to every replica'
+        )
+    if not info.weights_transfer:
+        raise ConfigError(
+            f'{table}.weights_by is "transfer" and {table}.url {url} takes none: start that server with '
+            f'--weights-transfer, or set {table}.weights_by to "stream"'
+        )
 
 
 async def transfer(

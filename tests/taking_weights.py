@@ -130,9 +130,11 @@ async def serving_weights(engine: WeightsEngine, model: Path, folder: Path) -> A
 
 
 @asynccontextmanager
-async def taking_weights(model: Path, folder: Path) -> AsyncGenerator[Server, None]:
-    """Such a server over a transformers engine of its own; `folder` is empty."""
-    engine = TransformersEngine(str(model))
+async def taking_weights(
+    model: Path, folder: Path, engine: TransformersEngine | None = None
+) -> AsyncGenerator[Server, None]:
+    """Such a server over a transformers engine of its own, by default a plain one; `folder` is empty."""
+    engine = engine or TransformersEngine(str(model))
     try:
         async with serving_weights(engine, model, folder) as served:
             yield served.server

@@ -51,6 +51,9 @@ class RemoteSampler(Sampler):
         timeout_s: for one push of weights, and for each request of one batch, which are all sent at once; in seconds.
         carry: how weights get to the server.
 
+    Attributes:
+        info: what the server said of itself.
+
     Raises:
         TeacherMismatch: the server's tokenizer or limits do not fit the student.
         TeacherError: the server could not be asked.
@@ -64,7 +67,7 @@ class RemoteSampler(Sampler):
         self._tokenizer: PreTrainedTokenizerBase = student.tokenizer
         self._timeout_s = timeout_s
         self._client = ClientThread(url)
-        info = self._client.info
+        info = self.info = self._client.info
         problems = differences(info.tokenizer, student.fingerprint)
         if max_context_tokens > info.max_context_tokens:
             problems.append(

@@ -42,7 +42,7 @@ from student_trainer.teacher_identity import TEACHER_FILE, TeacherIdentity, Teac
 from student_trainer.text import render_prompt
 from student_trainer.traces import teacher_traces
 from student_trainer.weights_sync import Carry, stream
-from student_trainer.weights_transfer import transfer
+from student_trainer.weights_transfer import check_takes_transfers, transfer
 
 
 def build_stage(config: TrainConfig, student: Student, task: Task, *, quiet: bool = False) -> Stage:
@@ -115,6 +115,8 @@ def _build_opd(config: TrainConfig, stage: OpdStage | OpsdStage, student: Studen
             raise TeacherMismatch(f"teacher {config.teacher.url}: " + "; ".join(reasons))
         identity = TeacherIdentity.of(scorer.info)
         is_sent = isinstance(stage, OpsdStage) and stage.teacher != "frozen"
+        if is_sent and config.teacher.weights_by == "transfer":
+            check_takes_transfers(scorer.info, config.teacher.url, "teacher")
         (replace(identity, weights_version=None) if is_sent else identity).hold(Path(config.run) / TEACHER_FILE)
     except BaseException:
         scorer.close()
@@ -163,16 +165,24 @@ def build_sampler(config: RolloutConfig, student: Student, longest_prompt: int) 
 
     Raises:
         TeacherMismatch, TeacherError: that server does not fit, or cannot be reached.
+        ConfigError: it takes no weights by transfer.
     """
     if config.url is None:
         return TransformersSampler(student.model, student.tokenizer, eos_token_ids=student.eos_token_ids)
-    return RemoteSampler(
+    sampler = RemoteSampler(
         config.url,
         student,
         max_context_tokens=longest_prompt + config.max_new_tokens,
         timeout_s=config.timeout_s,
         carry=_carry(config.weights_by),
     )
+    if config.weights_by == "transfer":
+        try:
+            check_takes_transfers(sampler.info, config.url, "rollout")
+        except BaseException:
+            sampler.close()
+            raise
+    return sampler
 
 
 def _carry(by: WeightsBy) -> Carry:

@@ -120,9 +120,13 @@ class Opd:
         metrics["forward_kl"] = -metrics.pop("reverse_kl")
         return {BY_TEACHER + name: value for name, value in metrics.items()}
 
+    def give_up(self) -> None:
+        """Asks no more for the scores of what was collected last, which may be collected anew."""
+        self._pipeline.give_up()
+
     def close(self) -> None:
         """Closes the connections to the teacher and to a remote sampler."""
-        self._pipeline.close()
+        self.give_up()
         self._scorer.close()
         self._sampler.close()
 

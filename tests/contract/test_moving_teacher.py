@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from protos.client import read_chunks
-from protos.errors import Conflict, PermissionDenied
+from protos.errors import Conflict
 from protos.records import WeightsUpdate
 from student_trainer import checkpoint
 from student_trainer.collate import completion_logits
@@ -32,6 +34,8 @@ from student_trainer.stages.opsd import Opsd, RunningMean
 from student_trainer.student import load_student
 from student_trainer.study.toy import VOCABULARY, build_toy_model
 from student_trainer.tasks import Problem, build_task
+from teacher_server.engines.base import ScoreRows, ScoreTask
+from teacher_server.engines.transformers import TransformersEngine
 from tests.chaos_proxy import ChaosProxy
 from tests.harness import LoopThread, Server
 from tests.taking_weights import SECRET, taking_weights
@@ -59,10 +63,10 @@ def started(run: LoopThread, model: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("TEACHER_TOKEN", SECRET)
     with ExitStack() as stack:
 
-        def start() -> Server:
+        def start(engine: TransformersEngine | None = None) -> Server:
             folder = tmp_path / f"server-{len(list(tmp_path.glob('server-*')))}"
             folder.mkdir()
-            return stack.enter_context(run.entered(taking_weights(model, folder)))
+            return stack.enter_context(run.entered(taking_weights(model, folder, engine)))
 
         yield start
 
@@ -260,6 +264,94 @@ def test_a_server_started_anew_between_weights_and_scores_is_sent_them_again(
     np.testing.assert_array_equal(disturbed.teacher_logp_BT, undisturbed.teacher_logp_BT)
 
 
+class AnswersOnce(TransformersEngine):
+    """An engine that is at all but the first item for ever, until they are given up or weights come."""
+
+    num_asked = num_given_up = 0
+    has_weights = False
+
+    async def score(self, task: ScoreTask) -> ScoreRows:
+        self.num_asked += 1
+        if self.num_asked == 1 or self.has_weights:
+            return await super().score(task)
+        try:
+            return await asyncio.Future()
+        finally:
+            self.num_given_up += 1
+
+    async def load_weights(self, files: Sequence[Path]) -> None:
+        self.has_weights = True
+        await super().load_weights(files)
+
+
+@dataclass
+class InTurn(Sampler):
+    """A sampler whose first text is asked for before the others, each in a request of its own; the inner is the
+    stage's.
+    """
+
+    inner: Any
+    engine: AnswersOnce
+
+    def stream(
+        self, problems: Sequence[Problem], params: SamplingParams, *, seeds: Sequence[int]
+    ) -> Iterator[dict[int, Rollout]]:
+        for place, rollout in enumerate(self.inner.sample(problems, params, seeds=seeds)):
+            yield {place: rollout}
+            while not self.engine.num_asked:
+                time.sleep(0.01)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def test_a_step_begun_anew_gives_up_its_first_attempt(
+    run: LoopThread, model: Path, started: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the server would finish first: it takes no weights while it scores by those of before."""
+    monkeypatch.setattr("student_trainer.steady_teacher.IDENTITY_HOLDS_S", 3600.0)
+    anew = AnswersOnce(str(model))
+    ports = [int(server.url("http").rpartition(":")[2]) for server in (started(), started(anew))]
+    proxy = run(ChaosProxy.start(ports[0], 0))
+    tables = config_of(model, f"http://127.0.0.1:{proxy.port}", tmp_path / "run", teacher="live").model_dump()
+    tables["teacher"] |= {"timeout_s": 60.0, "max_wait_s": 0.0}
+    began = time.monotonic()
+    try:
+        with running(parse_config(tables)) as (_, stage):
+            opd = stage._opd
+            assert isinstance(opd, Opd)
+            opd._sampler = Disturbing(InTurn(opd._sampler, anew), lambda: run(proxy.move(ports[1])))
+            assert stage.collect(0).batch.scored().num_sequences == 4
+    finally:
+        run(proxy.stop())
+    assert time.monotonic() - began < 30  # sooner than the server's patience ends
+    # Of four texts one was answered; then four were.
+    assert anew.num_given_up == anew.num_asked - 1 - 4
+
+
+def test_two_runs_at_one_server_do_not_take_each_other_s_weights_for_theirs(model: Path, started: Any) -> None:
+    """Both count from the version that they found, and the second one's number is that of the first one's weights."""
+    url, weights = started().url("grpc"), load_file(model / "model.safetensors")
+    other = {name: tensor + 1 for name, tensor in weights.items()}
+    with Scorer(url, temperature=1.0, timeout_s=60) as one, Scorer(url, temperature=1.0, timeout_s=60) as two:
+        assert one.send_weights(weights) == 1
+        with pytest.raises(Conflict, match="has had weights of version 1; version 1 is not above it"):
+            two.send_weights(other)
+
+
+def test_every_replica_of_a_pool_is_the_student_of_the_step(model: Path, started: Any, tmp_path: Path) -> None:
+    urls = [started().url(scheme) for scheme in ("grpc", "http")]
+    config = config_of(model, ",".join(urls), tmp_path / "run", teacher="live")
+    with running(config) as (learner, stage):
+        learner.step(stage, stage.collect(0))
+        collected = stage.collect(1)
+        student = said_by(learner.student.model, collected)
+        for url in urls:
+            logp_BTV, mask_BT, versions = told_nothing(url, collected)
+            assert versions == {2}
+            assert reverse_kl(student, logp_BTV)[mask_BT].abs().max() < 1e-6
+
+
 def test_weights_that_somebody_else_has_sent_end_the_run(
     run: LoopThread, model: Path, started: Any, tmp_path: Path
 ) -> None:
@@ -277,14 +369,24 @@ def test_weights_that_somebody_else_has_sent_end_the_run(
             stage.collect(1)
 
 
-def test_a_server_that_takes_no_transfers_is_named_with_its_fix(model: Path, started: Any, tmp_path: Path) -> None:
-    tables = config_of(model, started().url("grpc"), tmp_path / "run", teacher="live").model_dump()
+@pytest.mark.parametrize(
+    ("num_replicas", "sentence"),
+    [
+        (1, r'^teacher\.weights_by is "transfer" and teacher\.url grpc://.* takes none: .*--weights-transfer, or set '),
+        (2, r'^teacher\.weights_by is "transfer" and teacher\.url grpc://.*,.* a pool, .*: name that server, or set '),
+    ],
+)
+def test_who_takes_no_transfers_is_named_with_the_fix_before_the_first_step(
+    model: Path, started: Any, tmp_path: Path, num_replicas: int, sentence: str
+) -> None:
+    url = ",".join(started().url("grpc") for _ in range(num_replicas))
+    tables = config_of(model, url, tmp_path / "run", teacher="live").model_dump()
     tables["teacher"]["weights_by"] = "transfer"
-    with (
-        running(parse_config(tables)) as (_, stage),
-        pytest.raises(PermissionDenied, match=r'takes none: .* --weights-transfer, or set weights_by to "stream"$'),
-    ):
-        stage.collect(0)
+    with pytest.raises(ConfigError, match=sentence), running(parse_config(tables)):
+        pass
+    tables["stage"]["teacher"] = "frozen"  # nothing is sent to it
+    student = load_student(parse_config(tables).model)
+    build_stage(parse_config(tables), student, build_task(parse_config(tables).task)).close()
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_step_back_and_the_end_give_up_what_was_begun():
     line.take(0)
     assert taken(line, 0) == (0, 0)
     assert work.cancelled == [0, 1, 2]
-    line.close()
+    line.give_up()
     assert work.cancelled == [0, 1, 2] * 2
 
 
