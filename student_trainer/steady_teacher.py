@@ -6,13 +6,22 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeVar
 
 from protos.client import Teacher
 from protos.errors import EngineFailed, TeacherError
-from protos.records import GenerateItem, GenerateResult, ScoreItem, ScoreResult, TeacherInfo
+from protos.records import (
+    GenerateItem,
+    GenerateRequest,
+    GenerateResult,
+    ScoreItem,
+    ScoreRequest,
+    ScoreResult,
+    TeacherInfo,
+)
 from student_trainer import interrupt
 from student_trainer.stopped import TeacherGone
 from student_trainer.teacher_identity import TeacherIdentity, TeacherMismatch
@@ -32,6 +41,7 @@ IDENTITY_HOLDS_S = 1.0
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Item = TypeVar("Item", ScoreItem, GenerateItem)
 Result = TypeVar("Result", ScoreResult, GenerateResult)
 
 
@@ -57,7 +67,7 @@ class SteadyTeacher:
         self._identified = time.monotonic()
         self._said = 0.0
         self._gone_since: float | None = None
-        self._num_failing = 0  # calls under way that have failed: the teacher is back when the last is answered
+        self._num_failing = 0  # calls under way that have failed: nobody waits any more when the last has ended
         self._waited_s = 0.0
 
     async def score(self, items: Sequence[ScoreItem], *, timeout_s: float) -> list[ScoreResult]:
@@ -70,11 +80,15 @@ class SteadyTeacher:
             Interrupted: a signal came during the wait.
             TeacherError: any other failure.
         """
-        return await self._answers(lambda: self._teacher.score(items, timeout_s=timeout_s))
+        return await self._answers(
+            items, lambda missing: self._teacher.score_stream(ScoreRequest(missing), timeout_s=timeout_s)
+        )
 
     async def generate(self, items: Sequence[GenerateItem], *, timeout_s: float) -> list[GenerateResult]:
         """As `score`."""
-        return await self._answers(lambda: self._teacher.generate(items, timeout_s=timeout_s))
+        return await self._answers(
+            items, lambda missing: self._teacher.generate_stream(GenerateRequest(missing), timeout_s=timeout_s)
+        )
 
     async def take_weights(self, send: Callable[[], Awaitable[int]]) -> int:
         """Has `send` give the teacher new weights, and expects the version that it returns from here on.
@@ -97,26 +111,48 @@ class SteadyTeacher:
         self._identity = replace(self._identity, weights_version=version)
         self._identified = time.monotonic()
 
-    async def _answers(self, ask: Callable[[], Awaitable[list[Result]]]) -> list[Result]:
-        async def attempt() -> list[Result]:
-            await self._identify()
-            return await ask()
+    async def _answers(
+        self,
+        items: Sequence[Item],
+        ask: Callable[[tuple[Item, ...]], AsyncGenerator[tuple[int, Result | TeacherError], None]],
+    ) -> list[Result]:
+        """An attempt asks for what those before it left unanswered, so that a teacher which is slow gets there."""
+        results: dict[int, Result] = {}
 
-        results = await self._waited_for(attempt)
-        for result in results:
+        async def attempt() -> None:
+            await self._identify()
+            missing = [i for i in range(len(items)) if i not in results]
+            failure: TeacherError | None = None
+            async with aclosing(ask(tuple(items[i] for i in missing))) as replies:
+                async for place, outcome in replies:
+                    if not isinstance(outcome, TeacherError):
+                        results[missing[place]] = outcome
+                    elif _may_pass(outcome):
+                        failure = outcome
+                    else:
+                        raise outcome
+            if failure is not None:
+                raise failure
+
+        await self._waited_for(attempt)
+        for result in results.values():
             self._check_version(result.weights_version)
-        return results
+        return [results[i] for i in range(len(items))]
 
     async def _waited_for(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """What `attempt` returns, made again until the teacher answers."""
         failed_at: float | None = None
+        is_back = False
         pause_s = FIRST_PAUSE_S
         try:
             while True:
                 try:
                     result = await attempt()
+                except TeacherMismatch:
+                    is_back = True
+                    raise
                 except TeacherError as error:
-                    if not (error.row.retryable or isinstance(error, EngineFailed)):
+                    if not _may_pass(error):
                         raise
                     now = time.monotonic()
                     if failed_at is None:
@@ -128,12 +164,13 @@ class SteadyTeacher:
                     await _pause(min(max(pause_s, error.retry_after_s or 0.0), failed_at + self._max_wait_s - now))
                     pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
                 else:
-                    if failed_at is not None and self._num_failing == 1:
-                        self._answered()
+                    is_back = True
                     return result
         finally:
             if failed_at is not None:
                 self._num_failing -= 1
+                if not self._num_failing:
+                    self._waited(is_back=is_back)
 
     def take_waited_s(self) -> float:
         """Seconds that the teacher was gone since this was last asked."""
@@ -186,11 +223,13 @@ class SteadyTeacher:
                 self._max_wait_s,
             )
 
-    def _answered(self) -> None:
-        if self._gone_since is not None:
-            waited_s = time.monotonic() - self._gone_since
-            self._gone_since = None
-            self._waited_s += waited_s
+    def _waited(self, *, is_back: bool) -> None:
+        """The last of those that waited waits no more: it was answered, it was given up, or it gave up itself."""
+        assert self._gone_since is not None
+        waited_s = time.monotonic() - self._gone_since
+        self._gone_since = None
+        self._waited_s += waited_s
+        if is_back:
             logger.warning("teacher %s is back after %.0f s", self._teacher.url, waited_s)
 
     def _gone(self, error: TeacherError, waited_s: float) -> TeacherGone:
@@ -198,6 +237,10 @@ class SteadyTeacher:
             f"teacher {self._teacher.url} has not answered for {waited_s:.0f} s (teacher.max_wait_s is "
             f"{self._max_wait_s:g}; {error.name}: {error}); run the same command to go on when it is back"
         )
+
+
+def _may_pass(error: TeacherError) -> bool:
+    return error.row.retryable or isinstance(error, EngineFailed)
 
 
 async def _pause(seconds: float) -> None:

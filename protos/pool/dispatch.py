@@ -158,6 +158,7 @@ class Dispatch(Generic[_Request, _Result]):
         sent; the first answer wins and the other request is cancelled. The retry budget pays for them.
         """
         with ExitStack() as loads:
+            loads.callback(self._members.changed)  # called last, when the loads are off
             tasks = [self._start(replica, part, loads)]
             try:
                 if self._options.hedge_after_s is not None:
@@ -173,7 +174,6 @@ class Dispatch(Generic[_Request, _Result]):
                         task.result()
             finally:
                 await _cancel(tasks)
-        self._members.changed()
 
     def _start(self, replica: Replica, part: _Part, loads: ExitStack) -> asyncio.Task[None]:
         """Counts what is missing as work of `replica` from now on, and sends it."""

@@ -19,13 +19,16 @@ async def on_all(replicas: Sequence[Replica], act: Callable[[Teacher], Awaitable
 
     Raises:
         NotReady: a replica is away; nothing was done to any.
-        TeacherError: a replica failed, named in the message; the others may have done it.
+        TeacherError: a replica failed, named in the message; the others may have done it. Of several that failed, one
+            whom a retry can help.
     """
     for replica in replicas:
         if replica.refusal:
             raise NotReady(f"{replica.url} would miss the change, so no replica was changed: {replica.refusal}")
     outcomes = await asyncio.gather(*(act(replica.teacher) for replica in replicas), return_exceptions=True)
-    for replica, outcome in zip(replicas, outcomes, strict=True):
+    pairs = list(zip(replicas, outcomes, strict=True))
+    # First what may pass: sent again, the change is refused by those that have it, until all have.
+    for replica, outcome in sorted(pairs, key=lambda pair: not _may_pass(pair[1])):
         if isinstance(outcome, TeacherError):
             message = f"{replica.url}: {outcome.message}; other replicas may have changed"
             raise type(outcome)(message, field=outcome.field, retry_after_s=outcome.retry_after_s) from outcome
@@ -34,6 +37,10 @@ async def on_all(replicas: Sequence[Replica], act: Callable[[Teacher], Awaitable
     [first, *_] = outcomes
     assert isinstance(first, ServedTeacher)
     return first
+
+
+def _may_pass(outcome: ServedTeacher | BaseException) -> bool:
+    return isinstance(outcome, TeacherError) and outcome.row.retryable
 
 
 @asynccontextmanager

@@ -219,7 +219,7 @@ class Members:
             await asyncio.sleep(self._options.resolve_interval_s)
             try:
                 await self._look_up_all()
-            except NotReady as error:
+            except Exception as error:  # whatever a resolver raises, the name must be looked up again
                 _log.warning("%s; its replicas stay as they are", error)
             self._keep_asking()
 

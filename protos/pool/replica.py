@@ -143,7 +143,9 @@ class Replica:
 
     def _abandon(self) -> None:
         while self._watchdogs:
-            self._watchdogs.pop().reschedule(_now())
+            watchdog = self._watchdogs.pop()
+            if not watchdog.expired():  # one that has expired is there until its stream is closed
+                watchdog.reschedule(_now())
 
 
 def _now() -> float:

@@ -125,3 +125,22 @@ def test_names_are_looked_up_again(alone: Any) -> None:
             check(await pool.score(ITEMS))
 
     alone(body)
+
+
+def test_a_resolver_that_fails_in_its_own_way_is_asked_again(alone: Any) -> None:
+    failures: list[Exception] = []
+
+    async def look_up(host: str, port: int) -> Sequence[str]:
+        if failures:
+            raise failures.pop()
+        return ["a"]
+
+    async def body(doors: Doors) -> None:
+        options = replace(QUICK, resolve_interval_s=0.05)
+        async with doors.pool(options, "dns+grpc://teachers:8001", look_up=look_up) as pool:
+            await pool.info()
+            for error in (OSError("no such name"), UnicodeError("label too long"), OSError("no such name")):
+                failures.append(error)
+                await until(lambda: not failures)
+
+    alone(body)

@@ -165,3 +165,35 @@ def test_the_breaker_keeps_work_from_a_replica_that_keeps_failing(alone: Any) ->
             assert len(doors["a"].asked) == 3
 
     alone(body)
+
+
+def test_a_trial_that_says_nothing_of_the_replica_lets_the_next_one_begin(alone: Any) -> None:
+    answer = asyncio.Event()
+
+    async def refuse() -> None:
+        await answer.wait()
+        raise InvalidRequest("not a question")
+
+    async def body(doors: Doors) -> None:
+        options = replace(QUICK, failures_to_open=1, cool_down_s=0.01, probe_interval_s=60)
+        async with doors.pool(options, "grpc://a:1") as pool:
+            await pool.info()
+            await asyncio.sleep(0.1)  # for the first probe after the handshake
+            doors["a"].script.extend([(0, raises(EngineFailed("out of order"))), (0, refuse)])
+            with pytest.raises(EngineFailed):
+                await pool.score(ITEMS)
+            await asyncio.sleep(0.05)
+            await pool.info()
+            assert pool.stats().replicas[0].breaker == "half_open"
+            trial = asyncio.create_task(pool.score(ITEMS))
+            await until(lambda: len(doors["a"].asked) == 2)
+            waiting = asyncio.create_task(pool.score(ITEMS))
+            await asyncio.sleep(0.05)
+            assert len(doors["a"].asked) == 2
+            answer.set()
+            with pytest.raises(InvalidRequest):
+                await trial
+            async with asyncio.timeout(10):
+                check(await waiting)
+
+    alone(body)

@@ -6,6 +6,9 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
+from protos.errors import NotReady
 from protos.records import ScoreRequest
 from tests.doors import ITEMS, QUICK, Doors, check, hang
 from tests.harness import until
@@ -97,5 +100,29 @@ def test_a_hedge_s_answers_are_passed_on_once(alone: Any) -> None:
             replies = [index async for index, _ in pool.score_stream(ScoreRequest(ITEMS))]
             assert sorted(replies) == list(range(12))
             assert pool.stats().num_hedges >= 1
+
+    alone(body)
+
+
+def test_a_frozen_replica_whose_stream_is_being_given_up_is_still_one_that_says_nothing(alone: Any) -> None:
+    async def closes_slowly() -> None:
+        try:
+            await hang()
+        finally:
+            await asyncio.sleep(0.6)
+
+    async def body(doors: Doors) -> None:
+        options = replace(QUICK, stall_after_s=0.2, probe_timeout_s=0.2, probe_interval_s=60)
+        async with doors.pool(options, "grpc://a:1") as pool:
+            await pool.info()
+            await asyncio.sleep(0.1)  # for the first probe after the handshake
+            doors["a"].script.append((0, closes_slowly))
+            asking = asyncio.create_task(pool.score(ITEMS))
+            await asyncio.sleep(0.3)
+            doors["a"].info_script.append(hang)
+            with pytest.raises(NotReady, match="said nothing"):  # while the stream is closed
+                await pool.info()
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
 
     alone(body)
