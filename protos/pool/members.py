@@ -74,6 +74,9 @@ class Members:
     async def handshake(self) -> TeacherInfo:
         """Asks every replica what it is, and from then on keeps asking.
 
+        After the first time a replica that is known to be away, or another teacher, is left to its own probes, which no
+        caller waits for.
+
         Raises:
             InvalidRequest: two replicas are not the same teacher.
             TeacherError: none answers.
@@ -81,7 +84,8 @@ class Members:
         async with self._handshaking:
             self._check_open()
             await self._look_up_all()
-            replicas = self.replicas
+            known = [replica for replica in self.replicas if not replica.refusal] if self._info else ()
+            replicas = known or self.replicas
             replies = dict(zip(replicas, await asyncio.gather(*map(self._probe, replicas)), strict=True))
             infos = {replica: reply for replica, reply in replies.items() if isinstance(reply, TeacherInfo)}
             if not infos:

@@ -126,3 +126,18 @@ def test_a_frozen_replica_whose_stream_is_being_given_up_is_still_one_that_says_
             await asyncio.gather(asking, return_exceptions=True)
 
     alone(body)
+
+
+def test_a_frozen_replica_holds_up_one_question_who_the_teacher_is(alone: Any) -> None:
+    async def body(doors: Doors) -> None:
+        options = replace(QUICK, probe_timeout_s=1.0)
+        async with doors.pool(options) as pool:
+            await pool.info()
+            doors["b"].info_script.extend([hang] * 100)
+            await until(lambda: pool.stats().replicas[1].refusal)
+            async with asyncio.timeout(options.probe_timeout_s / 2):
+                assert (await pool.info()).max_items == 64
+            doors["b"].info_script.clear()
+            await until(lambda: not pool.stats().replicas[1].refusal)
+
+    alone(body)
