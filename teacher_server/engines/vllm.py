@@ -68,7 +68,7 @@ class VllmEngine:
     """The `Engine` over vLLM; build it with `await VllmEngine.create(...)`."""
 
     def __init__(self, llm: AsyncLLM, path: ScorePath, info: EngineInfo) -> None:
-        self._llm = llm
+        self._open: AsyncLLM | None = llm
         self._path = path
         self._info = info
         self._request_ids = itertools.count()
@@ -169,7 +169,7 @@ class VllmEngine:
     @property
     def num_unfinished(self) -> int:
         """Requests that vLLM's front end holds: sent to the engine core, and neither finished nor aborted."""
-        return self._llm.get_num_unfinished_requests()
+        return 0 if self._open is None else self._open.get_num_unfinished_requests()
 
     async def score(self, task: ScoreTask) -> ScoreRows:
         """The rows of one task.
@@ -280,18 +280,31 @@ class VllmEngine:
 
     async def died(self) -> None:
         """Returns once vLLM's engine process is gone (`AsyncLLM.errored`), within DEATH_POLL_S of its end."""
-        while not self._llm.errored:  # noqa: ASYNC110  (vLLM has no event to wait for)
+        while self._open is not None and not self._open.errored:  # noqa: ASYNC110  (vLLM has no event to wait for)
             await asyncio.sleep(DEATH_POLL_S)
 
     async def close(self) -> None:
         """Ends vLLM's processes; everything in flight raises EngineDeadError."""
-        handler = self._llm.output_handler
-        if handler is not None and self._llm.get_num_unfinished_requests() == 0:
+        # Let go of: what is still held when the interpreter ends prints a TypeError, since vLLM's modules are gone by
+        # the time that `AsyncLLM.__del__` shuts it down once more.
+        llm, self._open = self._open, None
+        if llm is None:
+            return
+        handler = llm.output_handler
+        if handler is not None and llm.get_num_unfinished_requests() == 0:
             handler.cancel()  # else it logs the end of an idle engine as a failure
-        await asyncio.to_thread(self._llm.shutdown)
-        client: Any = self._llm.engine_core
+        await asyncio.to_thread(llm.shutdown)
+        # vLLM closes its sockets without a look at what has come by them, so that its word of the end may be lost.
+        llm.output_processor.propagate_error(vllm_exceptions.EngineDeadError())
+        client: Any = llm.engine_core
         # vLLM closes its sockets but leaves their ZeroMQ context, and the context's threads, behind.
         await asyncio.to_thread(client.resources.ctx.destroy, linger=0)
+
+    @property
+    def _llm(self) -> AsyncLLM:
+        if self._open is None:
+            raise EngineDeadError("the engine was closed")
+        return self._open
 
     async def _forget_prefixes(self) -> None:
         # Requests that were cancelled may still be running: they would hold blocks, and the reset would not happen.
@@ -303,16 +316,17 @@ class VllmEngine:
         request_id = str(next(self._request_ids))
         lora_request = None if adapter is None else _lora_request(adapter)
         final: RequestOutput | None = None
+        llm = self._llm
         params.skip_clone = True  # made for this request alone: vLLM's deep copy is two fifths of its front end's work
         try:
             with _deaths_named():
-                async for output in self._llm.generate(
+                async for output in llm.generate(
                     tokens_input(prompt_ids), params, request_id, lora_request=lora_request
                 ):
                     final = output
         except asyncio.CancelledError:
             # AsyncLLM aborts by itself only once the request was sent.
-            await self._llm.abort(request_id)
+            await llm.abort(request_id)
             raise
         except VLLMClientError as error:
             raise ValueError(str(error)) from error
