@@ -17,6 +17,9 @@ from student_trainer.rollout.base import SamplingParams
 DRAWS_PER_TOKEN = 2
 """One number picks a block of the vocabulary, the other an id in it."""
 
+LARGEST_UNIFORM = 1 - 2**-52
+"""Times a float64 it rounds to less than that; 1 - 2**-53, which a stream has as well, does not always."""
+
 
 def streams(seeds: Sequence[int], num_samples: int, num_tokens: int) -> torch.Tensor:
     """Uniform numbers in [0, 1), float64 [len(seeds) * num_samples, num_tokens, DRAWS_PER_TOKEN], grouped by seed.
@@ -41,16 +44,16 @@ def draw(logp_BV: torch.Tensor, params: SamplingParams, uniform_B2: torch.Tensor
     """
     if params.temperature == 0:
         return logp_BV.argmax(-1)
-    probs_BV = logp_BV.exp()
-    if params.top_p < 1:
-        probs_BV = nucleus(probs_BV, params.top_p)
     vocab_size = logp_BV.shape[-1]
     width = int(vocab_size**0.5)
-    blocks_BNW = F.pad(probs_BV, (0, -vocab_size % width)).unflatten(-1, (-1, width))
-    block_B = _invert(blocks_BNW.sum(-1, dtype=torch.float64), uniform_B2[:, 0])
-    rows = torch.arange(len(block_B), device=block_B.device)
-    id_B = block_B * width + _invert(blocks_BNW[rows, block_B].double(), uniform_B2[:, 1])
-    return id_B.clamp_max(vocab_size - 1)
+    probs_BV = F.pad(logp_BV, (0, -vocab_size % width), value=-torch.inf).exp_()
+    if params.top_p < 1:
+        probs_BV = nucleus(probs_BV, params.top_p)
+    blocks_BNW = probs_BV.unflatten(-1, (-1, width))
+    block_uniform_B1, id_uniform_B1 = uniform_B2.clamp_max(LARGEST_UNIFORM).split(1, -1)
+    block_B1 = _invert(blocks_BNW.sum(-1), block_uniform_B1)
+    block_BW = blocks_BNW.gather(1, block_B1[..., None].expand(-1, -1, width))[:, 0]
+    return (block_B1 * width + _invert(block_BW, id_uniform_B1))[:, 0].clamp_max(vocab_size - 1)
 
 
 def nucleus(probs_BV: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -61,10 +64,8 @@ def nucleus(probs_BV: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.zeros_like(probs_BV).scatter(-1, order_BV, sorted_BV.masked_fill(outside_BV, 0))
 
 
-def _invert(mass_BN: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """The entry n of each row with F(n - 1) <= u < F(n), F the distribution function of float64 `mass_BN`."""
-    cdf_BN = mass_BN.cumsum(-1)
-    total_B = cdf_BN[:, -1]
-    # Below the total even where u * total rounds up to it; so an entry without mass is never taken.
-    target_B = torch.minimum(uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
-    return torch.searchsorted(cdf_BN, target_B[:, None], right=True)[:, 0].clamp_max(mass_BN.shape[-1] - 1)
+def _invert(mass_BN: torch.Tensor, uniform_B1: torch.Tensor) -> torch.Tensor:
+    """The entry n of each row with F(n - 1) <= u < F(n), F the distribution function of `mass_BN`, int64 [B, 1]; one
+    without mass is never taken."""
+    cdf_BN = mass_BN.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cdf_BN, uniform_B1 * cdf_BN[:, -1:], right=True).clamp_max(mass_BN.shape[-1] - 1)
