@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 ROOM = 64
@@ -18,6 +18,17 @@ def roomy_cache(config: PretrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def takes_ready_mask(model: PreTrainedModel, cache: DynamicCache) -> bool:
+    """Whether one more token of each row may come with its attention mask ready-made, bool [B, 1, 1, tokens so far],
+    True at the row's own: what transformers would make anew of the one over [B, tokens so far] for every token.
+
+    It must be the same in all layers, and the model one that leaves its masks to transformers (`masking_utils`).
+    """
+    config = model.config.get_text_config()
+    is_same_everywhere = all(type(layer) is RoomyLayer for layer in cache.layers)
+    return is_same_everywhere and model._supports_attention_backend and config._attn_implementation == "sdpa"
 
 
 class RoomyLayer(DynamicLayer):

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from student_trainer.rollout.base import Rollout, Sampler, SamplingParams
-from student_trainer.rollout.cache import roomy_cache
+from student_trainer.rollout.cache import roomy_cache, takes_ready_mask
 from student_trainer.rollout.draw import draw, streams
 from student_trainer.tasks import Problem
 from student_trainer.text import render_prompt
@@ -80,14 +80,17 @@ class TransformersSampler(Sampler):
         width = prompt_mask.shape[1]
         # Of the prompt and of every token that may follow: a step reads as far as it has come.
         mask = torch.cat([prompt_mask, prompt_mask.new_ones((len(prompts), budget))], -1)
-        ids_BT = mask.new_empty((len(prompts), budget))
+        if not prompt_mask.all() and takes_ready_mask(self._model, cache):
+            mask = mask[:, None, None].bool()
+        attention_mask = prompt_mask
+        ids_BT = input_ids.new_empty((len(prompts), budget))
         logp_BT = torch.empty(ids_BT.shape, device=device)
-        top_BTK = mask.new_empty((*ids_BT.shape, params.top_ids))
+        top_BTK = ids_BT.new_empty((*ids_BT.shape, params.top_ids))
         for t in range(budget):
             logits_BV = (
                 self._model(
                     input_ids=input_ids,
-                    attention_mask=mask[:, : width + t],
+                    attention_mask=attention_mask,
                     position_ids=position_ids,
                     past_key_values=cache,
                     use_cache=True,
@@ -96,7 +99,9 @@ class TransformersSampler(Sampler):
                 .logits[:, -1]
                 .float()
             )
-            logp_BV = (logits_BV / (params.temperature or 1.0)).log_softmax(-1)
+            if params.temperature not in (0, 1):
+                logits_BV = logits_BV / params.temperature
+            logp_BV = logits_BV.log_softmax(-1)
             token_B = draw(logp_BV, params, uniform_BT2[:, t])
             ids_BT[:, t] = token_B
             logp_BT[:, t] = logp_BV.gather(-1, token_B[:, None])[:, 0]
@@ -118,7 +123,7 @@ class TransformersSampler(Sampler):
                 if not len(rows):
                     return
             position = position + 1
-            input_ids, position_ids = token_B[:, None], position
+            input_ids, position_ids, attention_mask = token_B[:, None], position, mask[..., : width + t + 1]
 
     def _rollout(
         self, problem: Problem, prompt_ids: np.ndarray, ids_T: np.ndarray, logp_T: np.ndarray, top_TK: np.ndarray
