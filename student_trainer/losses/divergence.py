@@ -77,23 +77,23 @@ class _Kl(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_a: Tensor, log_b: Tensor) -> Tensor:
         ctx.save_for_backward(log_a, log_b)
-        return (_weighted_log_ratio(log_a, log_b) + log_b.exp().sub_(log_a.exp())).sum(-1)
+        a = log_a.exp()
+        return _weighted_log_ratio(a, log_a, log_b).add_(log_b.exp().sub_(a)).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         log_a, log_b = ctx.saved_tensors
         grad, (needs_a, needs_b) = grads[0][..., None], ctx.needs_input_grad
+        a = log_a.exp()
         return (
-            grad * _weighted_log_ratio(log_a, log_b) if needs_a else None,
-            grad * (log_b.exp() - log_a.exp()) if needs_b else None,
+            grad * _weighted_log_ratio(a, log_a, log_b) if needs_a else None,
+            grad * (log_b.exp() - a) if needs_b else None,
         )
 
 
-def _weighted_log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
+def _weighted_log_ratio(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
     """a log(a/b); 0 where a = 0, whatever b is."""
-    a = log_a.exp()
-    positive = a > 0
-    return a * (torch.where(positive, log_a, 0.0) - torch.where(positive, log_b, 0.0))
+    return (log_a - log_b).mul_(a).masked_fill_(a == 0, 0.0)
 
 
 def _log_mixture(logp: Tensor, logq: Tensor, beta: float) -> Tensor:

@@ -70,12 +70,12 @@ def overlap(
         teacher_top_ids_BTK=teacher_top_ids_BTK,
         teacher_top_logp_BTK=teacher_top_logp_BTK,
     )
-    _, shared_student_BTK = find(student_top_ids_BTK, teacher_top_ids_BTK)
-    _, shared_teacher_BTK = find(teacher_top_ids_BTK, student_top_ids_BTK)
+    entry_BTK, shared_student_BTK = find(student_top_ids_BTK, teacher_top_ids_BTK)
+    times_BTK = torch.zeros_like(entry_BTK).scatter_add_(-1, entry_BTK, shared_student_BTK.long())
     return Overlap(
         ratio_BT=shared_student_BTK.float().mean(-1),
         student_mass_BT=_mass(student_top_logp_BTK, shared_student_BTK),
-        teacher_mass_BT=_mass(teacher_top_logp_BTK, shared_teacher_BTK),
+        teacher_mass_BT=_mass(teacher_top_logp_BTK, times_BTK > 0),
     )
 
 

@@ -47,7 +47,7 @@ def watch_tokens(
     sampled_BT = logp_BTV.gather(-1, batch.completion_ids_BT[..., None])[..., 0]
     overlap = monitor.overlap(
         batch.student_top_BTK,
-        losses.gather(logp_BTV, losses.student_support(batch.student_top_BTK)),
+        logp_BTV.gather(-1, batch.student_top_BTK.clamp_min(0)),  # of PAD_ID, which is in no overlap, any
         batch.teacher_top_BTK[..., :top_k],
         batch.teacher_top_logp_BTK[..., :top_k],
     )
