@@ -24,6 +24,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     # The V2 model runner can neither scale by a temperature nor compute an entropy: see vllm_paths.OfficialFields.
     "VLLM_USE_V2_MODEL_RUNNER": "0",
+    # A lone token's keys would be split among threads by what else is in the step: see vllm_attention.
+    "VLLM_CPU_ATTN_SPLIT_KV": "0",
 }
 """vLLM's own switches, where the user set none."""
 
