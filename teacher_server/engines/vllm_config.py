@@ -107,7 +107,7 @@ def engine_info(config: VllmConfig, path: ScorePath) -> EngineInfo:
         engine="vllm",
         engine_version=vllm.__version__,
         score_path=path.name,
-        determinism="equal requests agree to rounding: batching and the prefix cache change the order of sums",
+        determinism="equal requests agree to rounding: batching and the prefix cache may change the order of sums",
         weights_transfer=config.weight_transfer_config.backend if config.weight_transfer_config else "",
         num_workers=config.parallel_config.world_size_across_dp,
     )
