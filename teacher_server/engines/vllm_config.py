@@ -24,6 +24,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     # The V2 model runner can neither scale by a temperature nor compute an entropy: see vllm_paths.OfficialFields.
     "VLLM_USE_V2_MODEL_RUNNER": "0",
+    # A lone token's keys would be split among threads by what else is in the step: see vllm_attention.
+    "VLLM_CPU_ATTN_SPLIT_KV": "0",
 }
 """vLLM's own switches, where the user set none."""
 
@@ -105,7 +107,7 @@ def engine_info(config: VllmConfig, path: ScorePath) -> EngineInfo:
         engine="vllm",
         engine_version=vllm.__version__,
         score_path=path.name,
-        determinism="equal requests agree to rounding: batching and the prefix cache change the order of sums",
+        determinism="equal requests agree to rounding: batching and the prefix cache may change the order of sums",
         weights_transfer=config.weight_transfer_config.backend if config.weight_transfer_config else "",
         num_workers=config.parallel_config.world_size_across_dp,
     )

@@ -40,6 +40,8 @@ if TYPE_CHECKING or not current_platform.is_cpu():
 else:
     from vllm.v1.worker.cpu_worker import CPUWorker as _PlatformWorker
 
+    from teacher_server.engines import vllm_attention  # noqa: F401  (vLLM takes it in place of its own from here on)
+
 EXTRA_ARG = "score_rows"
 """The key of `SamplingParams.extra_args` that holds `rows.to_plain(task)`."""
 
