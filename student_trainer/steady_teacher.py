@@ -122,6 +122,8 @@ class SteadyTeacher:
         async def attempt() -> None:
             await self._identify()
             missing = [i for i in range(len(items)) if i not in results]
+            if not missing:  # the attempt before failed after its last reply
+                return
             failure: TeacherError | None = None
             async with aclosing(ask(tuple(items[i] for i in missing))) as replies:
                 async for place, outcome in replies:

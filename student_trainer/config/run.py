@@ -34,7 +34,7 @@ class RolloutConfig(Section):
     from 1 on, rollouts are scored while the step before is learnt, and stale ones are weighted."""
     url: str | None = None
     """A teacher server of the student's own model that writes the rollouts, with weights pushed to it before each step;
-    TEACHER_TOKEN needs the scope admin there. None writes them in this process."""
+    TEACHER_TOKEN needs the scopes generate, score and admin there. None writes them in this process."""
     weights_by: WeightsBy = "stream"
     """How weights get to `url`; see `teacher.weights_by`."""
     timeout_s: PositiveFloat = 300.0

@@ -4,8 +4,8 @@ The kernel reads keys and values a tile at a time, and the more query tokens a r
 tiles: a completion whose prompt is cached, or a prompt cut by the step's token budget, had its sums taken in another
 order. Of a request with no more query tokens than fill one iteration of the kernel every tile is of one length.
 
-The other layers already treat each token's row alone. What is relied on in vLLM 0.32.0 is pinned by
-tests/contract/test_vllm_seams_attention.py.
+The model's other layers treat each token's row alone as they are; the products of LoRA adapters are not held to it.
+What is relied on in vLLM 0.32.0 is pinned by tests/contract/test_vllm_seams_attention.py.
 """
 
 from __future__ import annotations
